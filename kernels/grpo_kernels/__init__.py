@@ -1,0 +1,1 @@
+"""LM-head and policy-loss ops."""
