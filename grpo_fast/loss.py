@@ -1,0 +1,133 @@
+"""From log-probs of a pack to its share of the loss: what each token weighs, and what it tells the metrics.
+
+Letters: B rows of the micro-batch, C padded completion length, N scored tokens of the pack.
+The per-token maths is `grpo_kernels.policy_loss`; here are the normalisers (TRL 1.16) and the metric sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast.importance import Correction, SamplerWeights, sampler_weights
+from grpo_fast.metrics import Stats
+from grpo_kernels import PolicyLoss, policy_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The settings of the loss, in `GRPOConfig`'s names; `correction` None: the sampler is not corrected for."""
+
+    loss_type: str
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    beta: float
+    bias_correction_kl: bool
+    max_completion_length: int
+    correction: Correction | None
+
+
+def row_weights(
+    lengths_B: Tensor, *, objective: Objective, num_items_per_process: Tensor, accumulation: float, windows: float
+) -> Tensor:
+    """What one token of each row weighs in the loss, fixed before the forward pass. [B] fp32.
+
+    Args:
+        lengths_B: [B], tokens of each row in the loss; a fully masked row still counts as a row.
+        objective: The loss type.
+        num_items_per_process: 0-dim, tokens in the loss of the whole generation batch, over the number of processes.
+        accumulation: Micro-batches of this optimizer step (1 in evaluation).
+        windows: `dapo` only: optimizer steps that share the generation batch, inverted: accumulation over
+            micro-batches a generation (1 in evaluation).
+    """
+    num_rows = lengths_B.numel()
+    ones = torch.ones(num_rows, device=lengths_B.device)
+    if objective.loss_type == "grpo":
+        return 1 / (lengths_B.clamp(min=1).float() * num_rows * accumulation)
+    if objective.loss_type == "bnpo":
+        return ones / (lengths_B.sum().clamp(min=1) * accumulation)
+    if objective.loss_type == "dr_grpo":
+        return ones / (num_rows * objective.max_completion_length * accumulation)
+    return ones / (num_items_per_process * windows)
+
+
+def pack_loss(
+    logps_N: Tensor,
+    entropies_N: Tensor,
+    *,
+    rows_N: Tensor,
+    columns_N: Tensor,
+    inputs: dict[str, Tensor],
+    weights_B: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, Stats]:
+    """The pack's share of the micro-batch's loss, and its share of the metrics.
+
+    Args:
+        logps_N: [N] fp32, the current policy's log-probs; the only input that receives a gradient.
+        entropies_N: [N] fp32.
+        rows_N: [N] int64, ascending, the row of the padded micro-batch each token comes from; whole rows only.
+        columns_N: [N] int64, its column.
+        inputs: The padded micro-batch: `advantages` [B] or [B, C], and where given `old_per_token_logps`,
+            `ref_per_token_logps`, `sampling_per_token_logps` [B, C] and `importance_sampling_ratio` [B, C] or [B, 1].
+        weights_B: [B] fp32 from `row_weights`.
+        objective: The settings.
+    """
+
+    def tokens(name: str) -> Tensor | None:
+        values = inputs.get(name)
+        if values is None or values.dim() == 1:
+            return values if values is None else values[rows_N]
+        return values[rows_N, 0] if values.shape[1] == 1 else values[rows_N, columns_N]
+
+    advantages_N = tokens("advantages")
+    assert advantages_N is not None
+    old_N = tokens("old_per_token_logps")
+    sampler = None
+    sampling_N = tokens("sampling_per_token_logps")
+    if objective.correction is not None and sampling_N is not None:
+        sampler = sampler_weights(logps_N if old_N is None else old_N, sampling_N, rows_N, objective.correction)
+        ratio_N = tokens("importance_sampling_ratio")
+        if ratio_N is not None:
+            sampler = SamplerWeights(weights=ratio_N, ratios=ratio_N, differences=sampler.differences)
+    terms = policy_loss(
+        logps_N,
+        advantages_N,
+        old_logps=old_N,
+        ref_logps=tokens("ref_per_token_logps") if objective.beta else None,
+        sampling_weights=None if sampler is None else sampler.weights,
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+        delta=objective.delta,
+        beta=objective.beta,
+        bias_correction_kl=objective.bias_correction_kl,
+    )
+    loss = (terms.loss * weights_B[rows_N]).sum()
+    with torch.no_grad():
+        return loss, _stats(terms, entropies_N, sampler, rows_N)
+
+
+def _stats(terms: PolicyLoss, entropies_N: Tensor, sampler: SamplerWeights | None, rows_N: Tensor) -> Stats:
+    stats = Stats.empty(entropies_N.device)
+    if entropies_N.numel() == 0:
+        return stats
+    low_N, high_N = terms.is_low_clipped.float(), terms.is_high_clipped.float()
+    sums, maxima = stats.sums, stats.maxima
+    sums[0] = entropies_N.numel()
+    sums[1] = entropies_N.sum()
+    sums[2] = 0.0 if terms.kl is None else terms.kl.sum()
+    sums[3], sums[4] = low_N.sum(), high_N.sum()
+    rows, token_row, counts = torch.unique_consecutive(rows_N, return_inverse=True, return_counts=True)
+    zeros = torch.zeros(rows.numel(), device=rows.device)
+    maxima[0] = (-zeros.index_add(0, token_row, low_N) / counts).amax()
+    maxima[1] = (zeros.index_add(0, token_row, high_N) / counts).amax()
+    if sampler is not None:
+        is_reported = ~sampler.differences.isnan()
+        sums[5], sums[6] = sampler.differences.nan_to_num(nan=0.0).sum(), is_reported.sum()
+        sums[7], sums[8] = sampler.ratios.sum(), sampler.ratios.numel()
+        maxima[2] = sampler.differences.nan_to_num(nan=0.0).amax()
+        maxima[3], maxima[4] = (-sampler.ratios).amax(), sampler.ratios.amax()
+    return stats
