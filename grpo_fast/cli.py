@@ -29,10 +29,14 @@ FLAGS_EPILOG = """\
 Every field of GRPOConfig is a flag too: --learning_rate 2e-5 or --learning-rate=2e-5, --reward_weights 1 0.5,
 --log_completions true (or the bare flag), --generation_kwargs '{"stop": ["\\n"]}'. Flags win over everything else."""
 
-# read when torch's OpenMP runtime is loaded: threads that spin while they wait starve each other on a busy machine
+# read when torch's libraries are loaded
 ENVIRONMENT = {
+    # threads that spin while they wait starve each other on a busy machine
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
+    # a pack of new length compiles new matrix products, some 15 MB a step; the default keeps 1,024 of them
+    "LRU_CACHE_CAPACITY": "128",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }

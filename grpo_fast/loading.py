@@ -14,24 +14,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from grpo_fast.config import GRPOConfig, as_dict
 
 
-def check_model_path(model: str, args: GRPOConfig) -> None:
-    """Refuse a model path that does not exist, or a name that cannot be resolved (ValueError), reading no weights."""
+def load_config(model: str | nn.Module, args: GRPOConfig) -> Any:
+    """The config of a model that may not be loaded yet; reads no weights.
+
+    Raises:
+        ValueError: If `model` is a path that does not exist, or a name that cannot be resolved.
+    """
+    if not isinstance(model, str):
+        return model.config
     is_path = model.startswith((".", "~", os.sep)) or model.count("/") > 1
     if is_path and not (Path(model) / "config.json").is_file():
         what = "has no config.json" if Path(model).is_dir() else "does not exist"
         raise ValueError(f"model={model!r}: the folder {what}; pass a folder written by save_pretrained, or a hub id")
     try:
-        AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **_revision(args))
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **_revision(args))
     except OSError as error:
         raise ValueError(f"model={model!r} is neither a folder nor a model the hub can give: {error}") from error
-
-
-def context_length(model: str | PreTrainedModel, args: GRPOConfig) -> int | None:
-    """Positions of the model's context, or None if its config does not say."""
-    config = model.config if not isinstance(model, str) else None
-    if config is None:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **_revision(args))
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(model: str, args: GRPOConfig) -> PreTrainedModel:

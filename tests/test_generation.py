@@ -171,11 +171,12 @@ def test_unknown_option_is_named():
         engine_of(tiny_model()).generate(PROMPTS, Sampling(max_tokens=4, extra={"tpo_p": 0.5}))
 
 
-def test_overlong_prompt_is_named():
-    with pytest.raises(ValueError, match=r"prompt 1 has 61 tokens.*context of 64 tokens.*max_completion_length=4"):
-        engine_of(tiny_model()).generate([[5], [5] * 61], Sampling(max_tokens=4))
-    engine_of(tiny_model()).generate([[5] * 60], Sampling(max_tokens=4))
-    check_prompts([[5] * 1000], max_tokens=4, context=None)
+def test_overlong_prompt_is_named_and_completions_end_with_the_context():
+    with pytest.raises(ValueError, match="prompt 1 has 64 tokens, the engine's context holds 64"):
+        engine_of(tiny_model()).generate([[5], [5] * 64], Sampling(max_tokens=4))
+    ids = engine_of(tiny_model()).generate([[5] * 62], Sampling(max_tokens=4, extra={"eos_token_id": None})).ids
+    assert len(ids[0]) == 2
+    check_prompts([[5] * 1000], context=None)
 
 
 def test_empty_prompt_is_named():

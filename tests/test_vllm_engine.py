@@ -269,12 +269,12 @@ def test_unknown_option_is_named(pair, option):
         pair[1].generate(prompts(1), Sampling(max_tokens=4, extra={option: 2}))
 
 
-def test_overlong_prompt_is_named_and_the_longest_is_taken(pair):
+def test_overlong_prompt_is_named_and_completions_end_with_the_context(pair):
     _, engine = pair
-    with pytest.raises(ValueError, match=r"prompt 1 has 93 tokens.*context of 96 tokens"):
-        engine.generate([[5], [5] * 93], Sampling(max_tokens=4))
-    ids = engine.generate([[5] * 92], Sampling(max_tokens=4, extra={"ignore_eos": True, "stop_token_ids": []})).ids
-    assert len(ids[0]) == 4
+    with pytest.raises(ValueError, match="prompt 1 has 96 tokens, the engine's context holds 96"):
+        engine.generate([[5], [5] * 96], Sampling(max_tokens=4))
+    ids = engine.generate([[5] * 94], Sampling(max_tokens=4, extra={"ignore_eos": True, "stop_token_ids": []})).ids
+    assert len(ids[0]) == 2
 
 
 def test_no_prompts_give_no_completions(pair):

@@ -18,7 +18,7 @@ class Engine(Protocol):
         """One completion per entry of `prompt_ids`; a prompt that is wanted G times is listed G times in a row.
 
         Raises:
-            ValueError: a prompt is empty or does not fit the context with `sampling.max_tokens` after it, or
+            ValueError: a prompt is empty or fills the context, or
                 `sampling.extra` holds an option that the engine does not have.
         """
         ...
@@ -38,8 +38,8 @@ def context_length(config: Any) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def check_prompts(prompt_ids: list[list[int]], *, max_tokens: int, context: int | None) -> None:
-    """Refuse prompts that cannot be completed with `max_tokens` tokens within `context` positions.
+def check_prompts(prompt_ids: list[list[int]], *, context: int | None) -> None:
+    """Refuse prompts that leave no room for a token within `context` positions; completions end where it is full.
 
     Raises:
         ValueError: naming the first such row and its length.
@@ -47,11 +47,9 @@ def check_prompts(prompt_ids: list[list[int]], *, max_tokens: int, context: int 
     for row, prompt in enumerate(prompt_ids):
         if not prompt:
             raise ValueError(f"prompt {row} has no tokens: there is nothing to complete")
-        if context is not None and len(prompt) + max_tokens > context:
+        if context is not None and len(prompt) >= context:
             raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens, but the context of {context} tokens leaves room for "
-                f"{max(context - max_tokens, 0)} before max_completion_length={max_tokens}: shorten the prompt or "
-                "max_completion_length"
+                f"prompt {row} has {len(prompt)} tokens, the engine's context holds {context} with the completion"
             )
 
 

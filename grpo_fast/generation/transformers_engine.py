@@ -49,12 +49,14 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> Completions:
         """See `Engine.generate`. The log-probs are None: transformers does not keep them."""
-        max_tokens = (sampling.extra or {}).get("max_new_tokens", sampling.max_tokens)
-        check_prompts(prompt_ids, max_tokens=max_tokens, context=context_length(self._model.config))
+        context = context_length(self._model.config)
+        check_prompts(prompt_ids, context=context)
         if not prompt_ids:
             return Completions(ids=[], logps=None)
         input_ids, attention_mask = _left_padded(prompt_ids, self._pad_token_id, self._model.device)
         config = self._generation_config(sampling)
+        if context is not None:
+            config.max_new_tokens = min(config.max_new_tokens, context - input_ids.size(1))
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self._model))
             stack.enter_context(_generation_config_of(self._model, config))

@@ -155,8 +155,7 @@ class VLLMEngine:
         With `sampling.seed`, a completion depends on the seed, its prompt's place in the list and its own place in
         the group, not on what else is in the batch. Without, it draws from the process's random state.
         """
-        max_tokens = (sampling.extra or {}).get("max_tokens", sampling.max_tokens)
-        check_prompts(prompt_ids, max_tokens=max_tokens, context=self._llm.llm_engine.model_config.max_model_len)
+        check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
         if not prompt_ids:
             return Completions(ids=[], logps=[])
         self._wake()

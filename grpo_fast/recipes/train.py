@@ -70,7 +70,7 @@ def make_trainer(path: str | Path, flags: Mapping[str, object]) -> GRPOTrainer:
     reward_funcs = resolve_rewards(run["rewards"], [path.parent, Path.cwd()])
     peft_config = None if run["peft"] is None else make_peft_config(run["peft"])
     model = str(run["model"])
-    loading.check_model_path(model, args)
+    loading.load_config(model, args)
     train_dataset = _dataset(run, "dataset", path.parent, default_split="train")
     eval_dataset = _dataset(run, "eval_dataset", path.parent, default_split="test")
     return GRPOTrainer(

@@ -1,4 +1,4 @@
-"""Calling reward functions: TRL's convention, sync and async, with errors that name the function, the step and the row."""
+"""Calling reward functions as TRL does, sync and async; errors name the function, the step and the row."""
 
 from __future__ import annotations
 

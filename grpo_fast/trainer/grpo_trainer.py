@@ -28,7 +28,7 @@ from grpo_fast.data import (
     check_dataset,
     check_prompt_lengths,
 )
-from grpo_fast.generation import Engine, make_engine, require_vllm
+from grpo_fast.generation import Engine, context_length, make_engine, require_vllm
 from grpo_fast.importance import Correction
 from grpo_fast.interrupt import SaveOnInterrupt
 from grpo_fast.loss import Objective
@@ -166,15 +166,13 @@ class GRPOTrainer(RolloutTrainer):
             datasets["eval_dataset"] = eval_dataset
         if args.use_vllm:
             require_vllm()
-        if isinstance(model, str):
-            loading.check_model_path(model, args)
+        context = context_length(loading.load_config(model, args))
         if tokenizer is None:
             tokenizer = loading.load_tokenizer(name, args)
         elif not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"processing_class must be a tokenizer, it is {type(tokenizer).__name__}")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        context = loading.context_length(model, args)
         for key, dataset in datasets.items():
             check_dataset(dataset, key)
             check_chat_template(dataset, tokenizer, key)
