@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from grpo_fast import attention
+from grpo_fast import attention, tiled_attention
 from grpo_fast.attention import AttentionPlan, can_pack, causal_lm, is_packed, native_attention, packed_attention
 from grpo_fast.batch import Layout
 from tests.tiny_models import falcon, llama
@@ -106,8 +106,8 @@ def test_tiles_equal_explicit_attention_and_its_gradients(
 def test_cutting_segments_into_small_tiles_changes_nothing(
     name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "TILE_SCORES", 1)
-    monkeypatch.setattr(attention, "MIN_TILE_QUERIES", 3)
+    monkeypatch.setattr(tiled_attention, "TILE_SCORES", 1)
+    monkeypatch.setattr(tiled_attention, "MIN_TILE_QUERIES", 3)
     layout = make_layout(LAYOUTS[name])
     states = [s.requires_grad_() for s in draw_states(sum(layout.query_lengths), heads=4, kv_heads=2)]
     expected = explicit_attention(*states, layout, 0.5, window, None)
@@ -144,8 +144,8 @@ def test_tiles_hold_a_bounded_part_of_padding() -> None:
     padded = sum(tile.size[0] * tile.size[3] * tile.size[4] for tile in tiling.tiles)
     real = sum(n * n for n, _ in lengths)
     # a quarter of the padded scores may be padding, and a few thousand where segments are short
-    assert real >= 0.75 * padded - attention.FREE_PADDING
-    assert all(4 * tile.size[0] * tile.size[3] * tile.size[4] <= attention.TILE_SCORES for tile in tiling.tiles)
+    assert real >= 0.75 * padded - tiled_attention.FREE_PADDING
+    assert all(4 * tile.size[0] * tile.size[3] * tile.size[4] <= tiled_attention.TILE_SCORES for tile in tiling.tiles)
     assert AttentionPlan(make_layout(lengths)).tiling(None, 4, 2).restore.unique().numel() == 4 * sum(
         n for n, _ in lengths
     )
