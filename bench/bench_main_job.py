@@ -26,33 +26,31 @@ PACKAGES = ("grpo-fast", "torch", "transformers", "accelerate", "trl", "vllm", "
 HERE = Path(__file__).resolve().parent
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """The environment of a child, read when torch is imported: that of the command line, for every trainer."""
+def child_environment(label: str, threads: int) -> dict[str, str]:
+    """The environment of a child, read when torch is imported: what our command line sets, for TRL its OpenMP part."""
+    openmp = {name: value for name, value in ENVIRONMENT.items() if name.startswith(("OMP_", "GOMP_"))}
+    settings = openmp if label == "trl" else ENVIRONMENT
     return (
         os.environ
-        | ENVIRONMENT
-        | {
-            "OMP_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
+        | settings
+        | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     )
 
 
-def run_child(label: str, *options: str, environment: dict[str, str]) -> Run:
+def run_child(label: str, *options: str, threads: int) -> Run:
     """Measure one trainer in a fresh process, whose output goes to this one's standard error."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
         command = [sys.executable, str(HERE / "main_job_child.py"), label, *options, "--out", str(out)]
-        subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
+        subprocess.run(command, env=child_environment(label, threads), stdout=sys.stderr, check=True)
         fields = json.loads(out.read_text())
     return Run(**fields | {"steps": [Step(**step) for step in fields["steps"]]})
 
 
-def model_folder(environment: dict[str, str]) -> str:
+def model_folder() -> str:
     """Folder of the packaged model; made in a child, since a process inherits its parent's peak memory."""
     code = "from grpo_fast.recipes.smollm2 import load_smollm2; print(load_smollm2())"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.splitlines()[-1]
 
 
@@ -104,12 +102,11 @@ def main() -> None:
         parser.error(f"--steps must be more than the {WARMUP_STEPS} warm-up steps, got {args.steps}")
 
     record = provenance() | {key: getattr(args, key) for key in ("seed", "threads", "gradient_checkpointing")}
-    environment = child_environment(args.threads)
-    options = ["--model", model_folder(environment), "--steps", str(args.steps), "--seed", str(args.seed)]
+    options = ["--model", model_folder(), "--steps", str(args.steps), "--seed", str(args.seed)]
     if args.gradient_checkpointing:
         options.append("--gradient-checkpointing")
     labels = (args.only,) if args.only else LABELS
-    runs = [run_child(label, *options, environment=environment) for label in labels]
+    runs = [run_child(label, *options, threads=args.threads) for label in labels]
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record | {"runs": [asdict(run) for run in runs]}, indent=1) + "\n")
