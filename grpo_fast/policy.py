@@ -11,8 +11,8 @@ behave as before. Nothing is replaced in classes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from grpo_fast.attention import (
     packed_attention,
 )
 from grpo_fast.batch import Layout, Pack
+from grpo_fast.modes import evaluating
 from grpo_kernels import linear_logps
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def check_scoring(model: nn.Module) -> None:
     packable = can_pack(model) is None
     if not packable:
         packs = [_check_pack(prompt, completion[None]) for completion in completions]
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         # torch's own attention leaves out a soft cap on scores without a word
         with attention_implementation(model, "eager") if packable else nullcontext():
             logits = model(input_ids=rows, use_cache=False).logits[:, CHECK_PROMPT - 1 : -1].float()
@@ -186,17 +187,6 @@ def _precision(model: nn.Module) -> float:
     autocast = prepared or torch.is_autocast_enabled(device.type)
     dtype = torch.bfloat16 if autocast else causal_lm(model).dtype
     return float(torch.finfo(dtype).eps)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _head_linears(lm: nn.Module) -> list[nn.Linear]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grpo_fast.batch import Completions, Sampling
 from grpo_fast.generation.base import check_options, check_prompts, context_length
+from grpo_fast.modes import evaluating
 
 
 class TransformersEngine:
@@ -58,7 +59,7 @@ class TransformersEngine:
         if context is not None:
             config.max_new_tokens = min(config.max_new_tokens, context - input_ids.size(1))
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(evaluating(self._model))
             stack.enter_context(_generation_config_of(self._model, config))
             stack.enter_context(self._context())
             if sampling.seed is not None:
@@ -111,18 +112,6 @@ def _left_padded(rows: list[list[int]], pad_token_id: int, device: torch.device)
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, which also switches gradient checkpointing off; each module's own mode after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
