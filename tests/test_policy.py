@@ -227,7 +227,7 @@ def test_the_self_check_catches_logits_scaled_in_an_unknown_way() -> None:
 def test_the_self_check_catches_attention_that_ignores_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     install_scoring(model)
-    monkeypatch.setattr("grpo_fast.attention._bias", lambda *_: None)
+    monkeypatch.setattr("grpo_fast.tiled_attention._bias", lambda *_: None)
     with pytest.raises(ValueError, match="LlamaForCausalLM's own log-probs differ"):
         check_scoring(model)
 
