@@ -81,19 +81,30 @@ def mean_without_nan(values: list[float]) -> float | None:
 
 
 class PhaseTimer:
-    """Wall seconds by phase since the last `take`."""
+    """Wall seconds by phase since the last `take`; a phase inside another is charged to the inner one only."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds of the block to `name`."""
-        start = time.perf_counter()
+        self._charge()
+        self._open.append(name)
         try:
             yield
         finally:
-            self._seconds[name] += time.perf_counter() - start
+            self._charge()
+            self._open.pop()
+
+    def _charge(self) -> None:
+        """Give the seconds since the last change of phase to the innermost open one."""
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
 
     def take(self) -> dict[str, float]:
         """The seconds by phase, starting again from 0."""

@@ -176,6 +176,23 @@ def test_per_token_logps_are_the_padded_models(tmp_path):
     assert aux is None
 
 
+def test_a_mask_with_holes_keeps_its_columns(tmp_path):
+    """A subclass may mask tokens inside a completion: the others keep their log-probs' places."""
+    trainer = build(tmp_path)
+    ids = torch.randint(3, 20, (2, 8))
+    mask = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0, 1]])
+    from grpo_fast.attention import packed_attention
+
+    with torch.no_grad(), packed_attention(trainer.model):
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5)
+        for row in range(2):
+            kept = ids[row, mask[row].bool()][None]
+            num = int(mask[row, 3:].sum())
+            dense, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, kept, torch.ones_like(kept), num)
+            assert logps[row][mask[row, 3:] == 0].tolist() == [0.0] * (5 - num)
+            torch.testing.assert_close(logps[row][mask[row, 3:] == 1], dense[0], rtol=RTOL, atol=1e-5)
+
+
 def test_empty_completions_train_on(tmp_path):
     class Mute(GRPOTrainer):
         def _generate(self, prompts):

@@ -297,11 +297,8 @@ class GRPOTrainer(RolloutTrainer):
         """One micro-batch: generate if it is time, then forward and backward."""
         start = time.perf_counter()
         # in force through the backward pass: gradient checkpointing runs the layers again there
-        with packed_attention(self.model):
-            if self._is_seam_overridden():
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            else:
-                loss = self._packed_step(model, inputs)
+        with packed_attention(self.model), self.timer.phase("train"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._step += 1
         self._current_train_step_time += time.perf_counter() - start
         if self._step % self.current_gradient_accumulation_steps == 0:

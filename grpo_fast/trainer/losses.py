@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import Trainer
 from grpo_fast.batch import Pack
 from grpo_fast.config import GRPOConfig
 from grpo_fast.loss import Objective, pack_loss, row_weights
-from grpo_fast.metrics import PhaseTimer, Stats, to_metrics
+from grpo_fast.metrics import Stats, to_metrics
 from grpo_fast.packing import default_max_tokens, pack_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
@@ -26,7 +27,6 @@ class LossTrainer(Trainer):
 
     args: GRPOConfig
     objective: Objective
-    timer: PhaseTimer
     temperature: float
     steps_per_generation: int
     unpackable: str | None
@@ -37,16 +37,22 @@ class LossTrainer(Trainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _packs(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Pack]:
+    def _packs(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+    ) -> list[Pack]:
+        """The unmasked tokens of padded rows as packs, whose columns are those of `completion_ids`."""
         device = self.accelerator.device
         packs = pack_rows(
-            prompt_ids,
-            completion_ids,
+            unpadded_rows(prompt_ids, prompt_mask),
+            unpadded_rows(completion_ids, completion_mask),
             max_tokens=self.args.max_tokens_per_pack or default_max_tokens(device),
             share_prompts=SHARE_PROMPTS[self.args.share_prompts],
             one_row_per_pack=self.unpackable is not None,
         )
-        return [pack.to(device) for pack in packs]
+        # a mask may have holes: the n-th kept token of a row stands in the column of the n-th 1
+        column_of = completion_mask.bool().sort(dim=1, descending=True, stable=True).indices
+        packs = [pack.to(device) for pack in packs]
+        return [replace(pack, columns=column_of[pack.rows, pack.columns]) for pack in packs]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -62,11 +68,14 @@ class LossTrainer(Trainer):
         `batch_size` is TRL's and has no effect: rows are packed under `max_tokens_per_pack`. The third value is TRL's
         auxiliary loss, None.
         """
-        prompts = unpadded_rows(input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
-        completions = unpadded_rows(input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:])
+        start = input_ids.shape[1] - logits_to_keep
+        prompt, completion = slice(None, start), slice(start, None)
+        packs = self._packs(
+            input_ids[:, prompt], attention_mask[:, prompt], input_ids[:, completion], attention_mask[:, completion]
+        )
         logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         entropies = torch.zeros_like(logps) if compute_entropy else None
-        for pack in self._packs(prompts, completions):
+        for pack in packs:
             with self.accelerator.autocast():
                 logps_N, entropies_N = score(model, pack, temperature=self.temperature, return_entropy=compute_entropy)
             logps = pack.unpack(logps_N, logps)
@@ -86,26 +95,37 @@ class LossTrainer(Trainer):
         )
 
     def _pack_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[bool, Tensor, Stats]]:
-        """Each pack's loss with its graph, and whether it is the last."""
-        packs = self._packs(
-            unpadded_rows(inputs["prompt_ids"], inputs["prompt_mask"]),
-            unpadded_rows(inputs["completion_ids"], inputs["completion_mask"]),
-        )
+        """Each pack's loss with its graph, and whether it is the last; the backward pass of one precedes the next."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        packs = self._packs(*(inputs[name] for name in names))
+        if not packs:
+            yield True, self._zero_loss(model, inputs), Stats.empty(self.accelerator.device)
         weights = self._row_weights(inputs)
         for i, pack in enumerate(packs):
-            with self.accelerator.autocast():
-                logps, entropies = score(model, pack, temperature=self.temperature, return_entropy=True)
-            assert entropies is not None
-            loss, stats = pack_loss(
-                logps,
-                entropies,
-                rows_N=pack.rows,
-                columns_N=pack.columns,
-                inputs=inputs,
-                weights_B=weights,
-                objective=self.objective,
-            )
-            yield i == len(packs) - 1, loss, stats
+            is_last = i == len(packs) - 1
+            # gradients travel between processes once, with the last pack; DDP decides that in the forward pass
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.accelerator.autocast():
+                    logps, entropies = score(model, pack, temperature=self.temperature, return_entropy=True)
+                assert entropies is not None
+                loss, stats = pack_loss(
+                    logps,
+                    entropies,
+                    rows_N=pack.rows,
+                    columns_N=pack.columns,
+                    inputs=inputs,
+                    weights_B=weights,
+                    objective=self.objective,
+                )
+                yield is_last, loss, stats
+
+    def _zero_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """A loss of 0 that runs the model: a process without tokens still meets the others in the backward pass."""
+        first = inputs["prompt_ids"][:1, -1:]
+        (pack,) = self._packs(first, torch.ones_like(first), first, torch.ones_like(first))
+        with self.accelerator.autocast():
+            logps, _ = score(model, pack, temperature=self.temperature)
+        return 0.0 * logps.sum()
 
     def compute_loss(
         self,
@@ -120,11 +140,20 @@ class LossTrainer(Trainer):
         return self._compute_loss(model, inputs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's seam: the loss of a padded micro-batch as one graph; `_packed_step` frees each pack's graph."""
+        """TRL's seam: the loss of a padded micro-batch.
+
+        In a training step whose loss nobody overrides, every pack but the last has been through its backward pass when
+        this returns, so that one pack's activations live at a time; the value is the whole loss.
+        """
         device = self.accelerator.device
         total, stats = torch.zeros((), device=device), Stats.empty(device)
-        for _, loss, pack_stats in self._pack_losses(model, inputs):
-            total, stats = total + loss, stats + pack_stats
+        is_eager = self._mode == "train" and torch.is_grad_enabled() and not self._is_seam_overridden()
+        for is_last, loss, pack_stats in self._pack_losses(model, inputs):
+            stats = stats + pack_stats
+            if is_eager and not is_last:
+                self.accelerator.backward(loss)
+                loss = loss.detach()
+            total = total + loss
         self._pending_stats.append(stats.vector())
         return total
 
@@ -132,21 +161,6 @@ class LossTrainer(Trainer):
         """Whether a subclass, or an attribute of this instance, replaces a loss or scoring method."""
         seams = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
         return any(name in vars(self) or getattr(type(self), name) is not getattr(LossTrainer, name) for name in seams)
-
-    def _packed_step(self, model: nn.Module, inputs: list[dict[str, Any]]) -> Tensor:
-        """Forward and backward pack by pack, so that one pack's activations live at a time."""
-        model.train()
-        batch = self._prepare_inputs(inputs)
-        device = self.accelerator.device
-        total, stats = torch.zeros((), device=device), Stats.empty(device)
-        with self.timer.phase("train"):
-            for is_last, loss, pack_stats in self._pack_losses(model, batch):
-                # gradients travel between processes once, with the last pack
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    self.accelerator.backward(loss)
-                total, stats = total + loss.detach(), stats + pack_stats
-        self._pending_stats.append(stats.vector())
-        return total
 
     def _flush_stats(self) -> None:
         """Turn the micro-batches' sums into metrics: one gather over the processes and one read for all of them."""

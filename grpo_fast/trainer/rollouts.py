@@ -15,6 +15,7 @@ from grpo_fast.batch import Sampling
 from grpo_fast.completions import CompletionLog
 from grpo_fast.data import Prompt, is_conversational, tokenize_prompts
 from grpo_fast.generation import Engine
+from grpo_fast.metrics import PhaseTimer
 from grpo_fast.rewards import RewardFunctions
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_rows, split_rows
 from grpo_fast.trainer.losses import LossTrainer
@@ -26,6 +27,7 @@ class RolloutTrainer(LossTrainer):
     """The half of `GRPOTrainer` that generates and scores completions."""
 
     engine: Engine
+    timer: PhaseTimer
     sampling: Sampling
     reward_functions: RewardFunctions
     reward_func_names: list[str]
@@ -51,12 +53,16 @@ class RolloutTrainer(LossTrainer):
     def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
         """The padded micro-batch: a slice of the buffered generation batch in training, a new one in evaluation."""
         if self._mode == "eval":
-            return self._generate_and_score_completions(generation_batch)
+            return self._timed_rollout(generation_batch)
         generate_every = self.steps_per_generation * self.num_iterations
         if self._step % generate_every == 0 or self._buffered_inputs is None:
-            batch = shuffle_rows(self._generate_and_score_completions(generation_batch))
+            batch = shuffle_rows(self._timed_rollout(generation_batch))
             self._buffered_inputs = split_rows(batch, self.steps_per_generation)
         return self._buffered_inputs[self._step % self.steps_per_generation]
+
+    def _timed_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        with self.timer.phase("generation"):
+            return self._generate_and_score_completions(inputs)
 
     def sync_engine(self) -> None:
         """Bring the engine's weights up to date if the policy has changed since it last generated."""
@@ -71,8 +77,7 @@ class RolloutTrainer(LossTrainer):
         """Prompt ids, completion ids, completions as text or messages, and the sampler's log-probs."""
         prompt_ids = tokenize_prompts(prompts, self.processing_class, self.chat_template_kwargs)
         self.sync_engine()
-        with self.timer.phase("generation"):
-            generated = self.engine.generate(prompt_ids, self.sampling)
+        generated = self.engine.generate(prompt_ids, self.sampling)
         completions: list[Any] = self.processing_class.batch_decode(generated.ids, skip_special_tokens=True)
         if is_conversational(prompts[0]):
             completions = [[{"role": "assistant", "content": text}] for text in completions]
@@ -121,7 +126,7 @@ class RolloutTrainer(LossTrainer):
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
         arguments = (ids, mask, batch["completion_ids"].shape[1], self.args.per_device_train_batch_size)
-        with torch.no_grad(), packed_attention(self.model):
+        with self.timer.phase("scoring"), torch.no_grad(), packed_attention(self.model):
             # where each generation feeds whole optimizer steps, the loss pass runs the weights that generated
             is_aligned = not self.args.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations)
             if not is_aligned and self._mode == "train":
