@@ -14,6 +14,7 @@ import math
 import os
 import random
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -289,7 +290,10 @@ def _quiet_start() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
-        yield
+        with warnings.catch_warnings():
+            # of vLLM's own imports
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for name, value in before.items():
             if value is None:
