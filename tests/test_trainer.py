@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from grpo_fast import GRPOConfig, GRPOTrainer, loading
+from grpo_fast.attention import native_attention, packed_attention
 from tests.tiny_lm import CHAT_TEMPLATE, make_model, make_tokenizer, save
 
 # fp32: the same sums in another order
@@ -148,6 +149,27 @@ def test_overridden_loss_is_called_and_equals_the_packed_step(tmp_path):
     torch.testing.assert_close(weights_of(plain), weights_of(subclassed), rtol=RTOL, atol=ATOL)
 
 
+def test_overridden_scoring_feeds_the_loss(tmp_path):
+    """A subclass that replaces the log-probs alone is heard: the model's own, padded, give the same step."""
+
+    class Padded(GRPOTrainer):
+        calls = 0
+
+        def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
+            self.calls += 1
+            with native_attention(self.model):
+                positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+                output = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions)
+            logps = output.logits[:, -logits_to_keep - 1 : -1].log_softmax(-1)
+            chosen = logps.gather(-1, input_ids[:, -logits_to_keep:, None])[..., 0]
+            return chosen, -(logps.exp() * logps).sum(-1), None
+
+    plain = trained(tmp_path, gradient_checkpointing=False)
+    subclassed = trained(tmp_path, trainer_class=Padded, gradient_checkpointing=False)
+    assert subclassed.calls == 2
+    torch.testing.assert_close(weights_of(plain), weights_of(subclassed), rtol=RTOL, atol=1e-5)
+
+
 def test_loss_patched_on_the_instance_is_called(tmp_path):
     trainer = build(tmp_path)
     before = weights_of(trainer).clone()
@@ -160,8 +182,6 @@ def test_per_token_logps_are_the_padded_models(tmp_path):
     trainer = build(tmp_path, temperature=0.7)
     ids = torch.randint(3, 20, (2, 9))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])
-    from grpo_fast.attention import packed_attention
-
     with torch.no_grad(), packed_attention(trainer.model):
         logps, entropies, aux = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, 4, compute_entropy=True
@@ -181,8 +201,6 @@ def test_a_mask_with_holes_keeps_its_columns(tmp_path):
     trainer = build(tmp_path)
     ids = torch.randint(3, 20, (2, 8))
     mask = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0, 1]])
-    from grpo_fast.attention import packed_attention
-
     with torch.no_grad(), packed_attention(trainer.model):
         logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5)
         for row in range(2):

@@ -308,7 +308,6 @@ def test_trainer_still_gets_gradients(pair):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"enable_sleep_mode": True}, "vllm_enable_sleep_mode must be False on cpu"),
         ({"tensor_parallel_size": 2}, "vllm_tensor_parallel_size must be 1; it is 2"),
         ({"vllm_engine_kwargs": {"quantization": "fp8"}}, r"vllm_engine_kwargs must not hold \['quantization'\]"),
     ],

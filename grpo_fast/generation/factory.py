@@ -25,7 +25,7 @@ def make_engine(
     context: Callable[[], AbstractContextManager[Any]],
     seed: int,
 ) -> Engine:
-    """VLLM with `use_vllm=True`, transformers' `generate` otherwise.
+    """An engine: vLLM with `use_vllm=True`, transformers' `generate` otherwise.
 
     Args:
         model: The unwrapped policy.

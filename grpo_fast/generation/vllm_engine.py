@@ -68,7 +68,6 @@ class VLLMEngine:
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.3,
         tensor_parallel_size: int = 1,
-        enable_sleep_mode: bool = False,
         seed: int = 0,
         kv_cache_memory_bytes: int | None = None,
         sampling_options: dict[str, Any] | None = None,
@@ -89,7 +88,6 @@ class VLLMEngine:
             max_model_len: Longest prompt with its completion; None means the model's context.
             gpu_memory_utilization: Share of the GPU that vLLM may fill; without effect on a CPU.
             tensor_parallel_size: Must be 1.
-            enable_sleep_mode: Release the GPU memory between two generations.
             seed: Of the engine's start-up.
             kv_cache_memory_bytes: Size of the KV cache. None means what `gpu_memory_utilization` leaves on a GPU, and
                 what `max_num_seqs` completions need, at most 512 MiB, on a CPU.
@@ -112,8 +110,6 @@ class VLLMEngine:
         self._has_tokenizer = bool(TEXT_OPTIONS & set(sampling_options or {}))
         self._owns_process_group = not torch.distributed.is_initialized()
         self._model = weakref.ref(model)
-        self._asleep = False
-        self._sleeps = enable_sleep_mode
         arguments: dict[str, Any] = {
             "dtype": dtype,
             "seed": seed,
@@ -122,7 +118,6 @@ class VLLMEngine:
             "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, max_num_seqs),
             "gpu_memory_utilization": gpu_memory_utilization,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
-            "enable_sleep_mode": enable_sleep_mode,
             "skip_tokenizer_init": not self._has_tokenizer,
             # the model's own sampling defaults must not reach the rollouts
             "generation_config": "vllm",
@@ -138,8 +133,6 @@ class VLLMEngine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        if self._sleeps and not current_platform.is_sleep_mode_available():
-            raise ValueError(f"vllm_enable_sleep_mode must be False on {current_platform.device_type}; it is True")
         on_cpu = current_platform.is_cpu()
         if on_cpu:
             wanted = arguments | overrides | {"dtype": arguments["dtype"]}
@@ -159,7 +152,6 @@ class VLLMEngine:
         check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
         if not prompt_ids:
             return Completions(ids=[], logps=[])
-        self._wake()
         groups = [(prompt, len(list(run))) for prompt, run in itertools.groupby(prompt_ids)]
         requests = [self._sampling_params(sampling, i, size) for i, (_, size) in enumerate(groups)]
         # vLLM draws from the process's state even when every request has a seed
@@ -177,17 +169,12 @@ class VLLMEngine:
                 ids.append(list(completion.token_ids))
                 flat = completion.logprobs
                 logps.append([flat.logprobs[start] for start in flat.start_indices])
-        self._sleep()
         return Completions(ids=ids, logps=logps)
 
     def update_weights(self, model: nn.Module) -> None:
-        """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones.
-
-        An engine that sleeps copies them when it wakes.
-        """
+        """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones."""
         self._model = weakref.ref(model)
-        if not self._asleep:
-            self._load()
+        self._load()
 
     def close(self) -> None:
         """Stop the engine and free its memory; a second call does nothing."""
@@ -212,18 +199,6 @@ class VLLMEngine:
         model = self._model()
         assert model is not None, "the engine outlived its trainer"
         return model
-
-    def _sleep(self) -> None:
-        if self._sleeps:
-            # level 2 drops the weights: they come back from the trainer
-            self._llm.sleep(level=2)
-            self._asleep = True
-
-    def _wake(self) -> None:
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
-            self._load()
 
     def _sampling_params(self, sampling: Sampling, index: int, size: int) -> Any:
         """The request for `size` completions of the prompt at place `index`."""

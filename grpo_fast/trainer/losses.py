@@ -96,6 +96,9 @@ class LossTrainer(Trainer):
 
     def _pack_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[bool, Tensor, Stats]]:
         """Each pack's loss with its graph, and whether it is the last; the backward pass of one precedes the next."""
+        if self._is_overridden("_get_per_token_logps_and_entropies"):
+            yield True, *self._padded_loss(model, inputs)
+            return
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         packs = self._packs(*(inputs[name] for name in names))
         if not packs:
@@ -118,6 +121,24 @@ class LossTrainer(Trainer):
                     objective=self.objective,
                 )
                 yield is_last, loss, stats
+
+    def _padded_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
+        """The loss from the log-probs that an overridden `_get_per_token_logps_and_entropies` gives."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width = inputs["completion_ids"].shape[1]
+        logps, entropies, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, width, compute_entropy=True)
+        assert entropies is not None
+        rows, columns = inputs["completion_mask"].nonzero(as_tuple=True)
+        return pack_loss(
+            logps[rows, columns],
+            entropies[rows, columns],
+            rows_N=rows,
+            columns_N=columns,
+            inputs=inputs,
+            weights_B=self._row_weights(inputs),
+            objective=self.objective,
+        )
 
     def _zero_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """A loss of 0 that runs the model: a process without tokens still meets the others in the backward pass."""
@@ -147,7 +168,11 @@ class LossTrainer(Trainer):
         """
         device = self.accelerator.device
         total, stats = torch.zeros((), device=device), Stats.empty(device)
-        is_eager = self._mode == "train" and torch.is_grad_enabled() and not self._is_seam_overridden()
+        is_eager = (
+            self._mode == "train"
+            and torch.is_grad_enabled()
+            and not self._is_overridden("compute_loss", "_compute_loss")
+        )
         for is_last, loss, pack_stats in self._pack_losses(model, inputs):
             stats = stats + pack_stats
             if is_eager and not is_last:
@@ -157,10 +182,11 @@ class LossTrainer(Trainer):
         self._pending_stats.append(stats.vector())
         return total
 
-    def _is_seam_overridden(self) -> bool:
-        """Whether a subclass, or an attribute of this instance, replaces a loss or scoring method."""
-        seams = ("compute_loss", "_compute_loss", "_get_per_token_logps_and_entropies")
-        return any(name in vars(self) or getattr(type(self), name) is not getattr(LossTrainer, name) for name in seams)
+    def _is_overridden(self, *methods: str) -> bool:
+        """Whether a subclass, or an attribute of this instance, replaces one of these methods."""
+        return any(
+            name in vars(self) or getattr(type(self), name) is not getattr(LossTrainer, name) for name in methods
+        )
 
     def _flush_stats(self) -> None:
         """Turn the micro-batches' sums into metrics: one gather over the processes and one read for all of them."""
