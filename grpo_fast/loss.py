@@ -1,7 +1,7 @@
 """From log-probs of a pack to its share of the loss: what each token weighs, and what it tells the metrics.
 
 Letters: B rows of the micro-batch, C padded completion length, N scored tokens of the pack.
-The per-token maths is `grpo_kernels.policy_loss`; here are the normalisers (TRL 1.16) and the metric sums.
+The per-token maths and the normalisers are `grpo_kernels`'; here are the pack's tensors and the metric sums.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_fast.importance import Correction, SamplerWeights, sampler_weights
 from grpo_fast.metrics import Stats
-from grpo_kernels import PolicyLoss, policy_loss
+from grpo_kernels import PolicyLoss, normalisers, policy_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +43,14 @@ def row_weights(
         windows: `dapo` only: optimizer steps that share the generation batch, inverted: accumulation over
             micro-batches a generation (1 in evaluation).
     """
-    num_rows = lengths_B.numel()
-    ones = torch.ones(num_rows, device=lengths_B.device)
-    if objective.loss_type == "grpo":
-        return 1 / (lengths_B.clamp(min=1).float() * num_rows * accumulation)
-    if objective.loss_type == "bnpo":
-        return ones / (lengths_B.sum().clamp(min=1) * accumulation)
-    if objective.loss_type == "dr_grpo":
-        return ones / (num_rows * objective.max_completion_length * accumulation)
-    return ones / (num_items_per_process * windows)
+    return normalisers.row_weights(
+        lengths_B,
+        loss_type=objective.loss_type,
+        accumulation=accumulation,
+        num_items_per_process=num_items_per_process,
+        windows=windows,
+        max_completion_length=objective.max_completion_length,
+    )
 
 
 def pack_loss(
@@ -96,16 +95,18 @@ def pack_loss(
     terms = policy_loss(
         logps_N,
         advantages_N,
+        weights=weights_B[rows_N],
         old_logps=old_N,
         ref_logps=tokens("ref_per_token_logps") if objective.beta else None,
         sampling_weights=None if sampler is None else sampler.weights,
+        loss_type=objective.loss_type,
         epsilon_low=objective.epsilon_low,
         epsilon_high=objective.epsilon_high,
         delta=objective.delta,
         beta=objective.beta,
         bias_correction_kl=objective.bias_correction_kl,
     )
-    loss = (terms.loss * weights_B[rows_N]).sum()
+    loss = terms.loss.sum()
     with torch.no_grad():
         return loss, _stats(terms, entropies_N, sampler, rows_N)
 

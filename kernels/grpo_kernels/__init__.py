@@ -2,6 +2,18 @@
 
 from grpo_kernels import reference
 from grpo_kernels.linear_logps import linear_logps
-from grpo_kernels.policy_loss import PolicyLoss, policy_loss
+from grpo_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
+from grpo_kernels.normalisers import entropy_quantile, row_weights
+from grpo_kernels.policy_loss import PolicyLoss, PolicyTotals, policy_loss
 
-__all__ = ["PolicyLoss", "linear_logps", "policy_loss", "reference"]
+__all__ = [
+    "LinearPolicyLoss",
+    "PolicyLoss",
+    "PolicyTotals",
+    "entropy_quantile",
+    "linear_logps",
+    "linear_policy_loss",
+    "policy_loss",
+    "reference",
+    "row_weights",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -38,10 +39,47 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 
+def check_temperature(
+    temperature: float | Tensor, N: int, *, operand: torch.dtype, device: torch.device
+) -> float | Tensor:
+    """The temperature as a float, or as [N] in the dtype of the logits; its values are not read on an accelerator."""
+    if not isinstance(temperature, Tensor):
+        check_positive(temperature=temperature)
+        return float(temperature)
+    if temperature.shape != (N,) or not temperature.is_floating_point() or temperature.device != device:
+        raise ValueError(f"temperature must be a number or [{N}] float on {device}, got {describe(temperature)}")
+    if temperature.requires_grad:
+        raise ValueError("temperature must not require a gradient: none is computed for it")
+    if device.type == "cpu" and not (temperature.isfinite() & (temperature > 0)).all():
+        raise ValueError(f"temperature must be finite and above 0, got values down to {temperature.min().item()}")
+    return temperature.to(torch.promote_types(operand, torch.float32))
+
+
+def check_share(**values: float) -> None:
+    """Refuse numbers outside (0, 1]."""
+    for name, value in values.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def check_weight_grad(weight_grad: Tensor | None, weight_VD: Tensor, *, is_wanted: bool) -> None:
+    """Refuse a buffer that cannot take the weight's gradient."""
+    if weight_grad is None:
+        return
+    if not is_wanted:
+        raise ValueError("weight_grad was given, but weight_VD does not require a gradient here")
+    if weight_grad.shape != weight_VD.shape or weight_grad.dtype not in (torch.float32, weight_VD.dtype):
+        wanted = f"{list(weight_VD.shape)} float32 or {weight_VD.dtype}"
+        raise ValueError(f"weight_grad must be {wanted} like weight_VD, got {describe(weight_grad)}")
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad must not require a gradient itself")
+    check_device(weight_VD=weight_VD, weight_grad=weight_grad)
+
+
 def check_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias: Tensor | None) -> None:
     """Refuse shapes, dtypes and devices that do not fit a language-model head, and targets outside the vocabulary.
 
-    On an accelerator the range of the targets is not checked: reading it would wait for the device.
+    On an accelerator the range of the targets is checked only under TRITON_DEBUG=1: reading it waits for the device.
     """
     if hidden_ND.ndim != 2:
         raise ValueError(f"hidden_ND must be [N, D], got {describe(hidden_ND)}")
@@ -55,7 +93,8 @@ def check_head(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, bias: Te
         raise ValueError(f"bias must be [{V}] like weight_VD's rows, got {describe(bias)}")
     check_dtype(hidden_ND=hidden_ND, weight_VD=weight_VD, bias=bias)
     check_device(hidden_ND=hidden_ND, weight_VD=weight_VD, targets_N=targets_N, bias=bias)
-    if N and targets_N.device.type == "cpu" and (targets_N.min() < 0 or targets_N.max() >= V):
+    reads_targets = targets_N.device.type == "cpu" or os.environ.get("TRITON_DEBUG") == "1"
+    if N and reads_targets and (targets_N.min() < 0 or targets_N.max() >= V):
         lowest, highest = int(targets_N.min()), int(targets_N.max())
         raise ValueError(f"targets_N must lie in [0, {V}), got values from {lowest} to {highest}")
 

@@ -6,7 +6,7 @@ The formulas are derived in kernels/README.md, "The anchored softmax".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,12 +17,21 @@ MAX_EXPONENT = 30.0
 
 @dataclass(frozen=True)
 class Head:
-    """What lies between a product `h . w` and a logit; operands are rounded to `operand`, all else is `wide`."""
+    """What lies between a product `h . w` and a logit; operands are rounded to `operand`, all else is `wide`.
+
+    `temperature` is one number, or [N] in the wide dtype: one a row.
+    """
 
     operand: torch.dtype
-    temperature: float
+    temperature: float | Tensor
     softcap: float | None
     logit_scale: float
+
+    def at(self, rows: slice) -> Head:
+        """The head of these rows."""
+        if isinstance(self.temperature, float):
+            return self
+        return replace(self, temperature=self.temperature[rows])
 
     @property
     def wide(self) -> torch.dtype:
@@ -30,19 +39,24 @@ class Head:
         return torch.promote_types(self.operand, torch.float32)
 
     def logits_(self, products: Tensor, bias: Tensor | None) -> Tensor:
-        """Turn products into logits in place; `bias` is broadcast to them."""
+        """Turn products [rows] or [rows, columns] into logits in place; `bias` is broadcast to them."""
         if bias is not None:
             products.add_(bias)
+        temperature = self._temperature(products)
         if self.softcap is not None:
-            products.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        elif self.logit_scale != self.temperature:
-            products.mul_(self.logit_scale / self.temperature)
+            products.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / temperature)
+        elif isinstance(temperature, Tensor) or self.logit_scale != temperature:
+            products.mul_(self.logit_scale / temperature)
         return products
 
     def cap_slope(self, logits: Tensor) -> Tensor:
         """The soft cap's part of d logit / d product, `1 - tanh**2`, from the logits."""
         assert self.softcap is not None
-        return logits.mul(self.temperature / self.softcap).square_().neg_().add_(1)
+        return logits.mul(self._temperature(logits) / self.softcap).square_().neg_().add_(1)
+
+    def _temperature(self, logits: Tensor) -> float | Tensor:
+        is_tile = isinstance(self.temperature, Tensor) and logits.ndim == 2
+        return self.temperature[:, None] if is_tile else self.temperature  # type: ignore[index]
 
 
 @dataclass
@@ -62,25 +76,29 @@ class RowSums:
     U: Tensor | None = None
 
     @staticmethod
-    def at(anchor: Tensor, *, with_entropy: bool) -> RowSums:
+    def empty(anchor: Tensor, *, with_entropy: bool) -> RowSums:
         """Empty sums relative to the targets' logits."""
         U = torch.zeros_like(anchor) if with_entropy else None
         return RowSums(anchor=anchor, offset=anchor.clone(), S=torch.zeros_like(anchor), U=U)
 
-    def add_tile(self, logits: Tensor, exps: Tensor, rows: slice, columns: slice, targets: Tensor) -> None:
+    def at(self, rows: slice) -> RowSums:
+        """Views of these rows' sums."""
+        U = None if self.U is None else self.U[rows]
+        return RowSums(anchor=self.anchor[rows], offset=self.offset[rows], S=self.S[rows], U=U)
+
+    def add_tile(self, logits: Tensor, exps: Tensor, columns: slice, targets: Tensor) -> None:
         """Add a tile's columns; writes its exponentials into `exps`, 0 at the targets, and overwrites the logits."""
-        before, S = self.offset[rows], self.S[rows]
         peak = logits.amax(1)
-        offset = torch.where(peak > before + MAX_EXPONENT, peak, before)
-        step = offset - before
+        offset = torch.where(peak > self.offset + MAX_EXPONENT, peak, self.offset)
+        step = offset - self.offset
         shrink = torch.exp(-step)
         exponents = logits.sub_(offset[:, None])
         torch.exp(exponents, out=exps)
         put_targets_(exps, targets, columns, 0.0)
         if self.U is not None:
-            self.U[rows] = (self.U[rows] - step * S) * shrink + torch.linalg.vecdot(exps, exponents)
-        self.S[rows] = S * shrink + exps.sum(1)
-        self.offset[rows] = offset
+            self.U.sub_(step * self.S).mul_(shrink).add_(torch.linalg.vecdot(exps, exponents))
+        self.S.mul_(shrink).add_(exps.sum(1))
+        self.offset.copy_(offset)
 
     @property
     def lead(self) -> Tensor:
@@ -140,7 +158,21 @@ class Slopes:
             at_entropy=dentropy,
         )
 
-    def coefficients_(self, head: Head, logits: Tensor, offset: Tensor, rows: slice) -> Tensor:
+    @staticmethod
+    def of_logps(head: Head, sums: RowSums) -> Slopes:
+        """The slopes of the log-probs themselves."""
+        return Slopes.of(head, sums, None, torch.ones_like(sums.S), None)
+
+    def at(self, rows: slice) -> Slopes:
+        """These rows' slopes."""
+        return Slopes(
+            scale=self.scale[rows],
+            at_target=self.at_target[rows],
+            constant=None if self.constant is None else self.constant[rows],
+            at_entropy=None if self.at_entropy is None else self.at_entropy[rows],
+        )
+
+    def coefficients_(self, head: Head, logits: Tensor, offset: Tensor) -> Tensor:
         """A tile's coefficients from its logits, in their memory; the targets' elements are not `at_target` yet."""
         cap_slope = None if head.softcap is None else head.cap_slope(logits)
         values = logits.sub_(offset[:, None])
@@ -148,8 +180,15 @@ class Slopes:
             values.exp_()
         else:
             exps = torch.exp(values)
-            values.mul_(self.at_entropy[rows, None]).add_(self.constant[rows, None]).mul_(exps)
+            values.mul_(self.at_entropy[:, None]).add_(self.constant[:, None]).mul_(exps)
         return values if cap_slope is None else values.mul_(cap_slope)
+
+    def of_kept(self, exps: Tensor) -> Tensor:
+        """A tile's coefficients from its exponentials, whose logarithms are the exponents; 0 stays 0."""
+        if self.constant is None or self.at_entropy is None:
+            return exps
+        exponents = torch.log(exps.clamp(min=torch.finfo(exps.dtype).tiny))
+        return exponents.mul_(self.at_entropy[:, None]).add_(self.constant[:, None]).mul_(exps)
 
 
 def put_targets_(tile: Tensor, targets: Tensor, columns: slice, value: float) -> None:

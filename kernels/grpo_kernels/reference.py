@@ -1,38 +1,37 @@
 """The specification: every op in plain PyTorch, as its paper writes it; autograd derives the gradients.
 
-Runs on any device and float dtype. N tokens, D hidden width, V vocabulary.
-Source: GRPO, DeepSeekMath (arXiv:2402.03300); clip-higher, DAPO (arXiv:2503.14476); two-sided clip, INTELLECT-2
-(arXiv:2505.07291); bias-corrected KL, DeepSeek-V3.2 (arXiv:2512.02556).
+Runs on any device and float dtype. N tokens, D hidden width, V vocabulary. The loss of one token is in `policy_terms`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from grpo_kernels.checks import operand_dtype
+from grpo_kernels.normalisers import entropy_quantile
+from grpo_kernels.options import PolicyOptions, Tokens
+from grpo_kernels.policy_terms import PolicyLoss, run_policy_loss
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    """What `policy_loss` returns: [N] each, neither masked nor reduced; only `loss` carries a gradient.
+class LinearPolicyLoss:
+    """What `linear_policy_loss` returns; only `loss` carries a gradient.
 
     Attributes:
-        loss: The clipped surrogate, weighted by the sampler's importance weights, plus `beta` times the KL.
-        ratio: pi/pi_old before any clip.
-        kl: k3 estimate of the KL to the reference policy as it enters the loss, or None without one.
-        is_low_clipped: The advantage is negative and the ratio lies below `1 - epsilon_low`.
-        is_high_clipped: The advantage is positive and the ratio, cut at `delta`, lies above `1 + epsilon_high`.
+        loss: 0-dim, the sum of the tokens' shares.
+        logps: [N], the targets' log-probs.
+        entropies: [N], in nat.
+        terms: [N] each, the shares and what metrics want; `terms.totals()` sums them up.
     """
 
     loss: Tensor
-    ratio: Tensor
-    kl: Tensor | None
-    is_low_clipped: Tensor
-    is_high_clipped: Tensor
+    logps: Tensor
+    entropies: Tensor
+    terms: PolicyLoss
 
 
 def linear_logps(
@@ -41,7 +40,7 @@ def linear_logps(
     targets_N: Tensor,
     *,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
@@ -55,6 +54,7 @@ def linear_logps(
         logits_NV = logits_NV * logit_scale
         if softcap is not None:
             logits_NV = softcap * torch.tanh(logits_NV / softcap)
+        temperature = temperature[:, None].to(wide) if isinstance(temperature, Tensor) else temperature
         all_logps_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
     logps_N = all_logps_NV.gather(1, targets_N[:, None])[:, 0]
     if not return_entropy:
@@ -66,33 +66,172 @@ def policy_loss(
     logps_N: Tensor,
     advantages_N: Tensor,
     *,
+    weights: Tensor,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     sampling_weights: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    entropies: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
+    entropy_threshold: Tensor | None = None,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
     delta: float | None = None,
     beta: float = 0.0,
+    kl_estimator: str = "k3",
     bias_correction_kl: bool = True,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    off_policy_mask_threshold: float | None = None,
 ) -> PolicyLoss:
-    """See `grpo_kernels.policy_loss`, which is this function behind the checks of its arguments."""
-    ratio_N = torch.exp(logps_N - (logps_N.detach() if old_logps is None else old_logps))
-    clipped_N = ratio_N.clamp(1 - epsilon_low, 1 + epsilon_high)
-    bounded_N = ratio_N if delta is None else ratio_N.clamp(max=delta)
-    loss_N = -torch.minimum(bounded_N * advantages_N, clipped_N * advantages_N)
-    if sampling_weights is not None:
-        loss_N = loss_N * sampling_weights
-    kl_N = None
-    if ref_logps is not None:
-        log_ratio_N = ref_logps - logps_N
-        kl_N = torch.exp(log_ratio_N) - log_ratio_N - 1
-        if bias_correction_kl:
-            kl_N = kl_N * ratio_N
-        loss_N = loss_N + beta * kl_N
-    return PolicyLoss(
-        loss=loss_N,
-        ratio=ratio_N.detach(),
-        kl=None if kl_N is None else kl_N.detach(),
-        is_low_clipped=(bounded_N.detach() < 1 - epsilon_low) & (advantages_N < 0),
-        is_high_clipped=(bounded_N.detach() > 1 + epsilon_high) & (advantages_N > 0),
+    """See `grpo_kernels.policy_loss`: the same with the slopes left to autograd."""
+    tokens = Tokens(
+        advantages=advantages_N,
+        weights=weights,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampling_weights=sampling_weights,
+        sampling_logps=sampling_logps,
+        sequence_ids=sequence_ids,
+        entropy_weights=entropy_weights,
+        entropy_threshold=entropy_threshold,
+    )
+    options = PolicyOptions(
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        bias_correction_kl=bias_correction_kl,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
+        off_policy_mask_threshold=off_policy_mask_threshold,
+    )
+    return run_policy_loss(logps_N, tokens, options, entropies=entropies)
+
+
+def linear_policy_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    advantages_N: Tensor,
+    *,
+    weights: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    sampling_weights: Tensor | None = None,
+    sampling_logps: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
+    entropy_threshold: Tensor | None = None,
+    top_entropy_quantile: float = 1.0,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    bias_correction_kl: bool = True,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    off_policy_mask_threshold: float | None = None,
+) -> LinearPolicyLoss:
+    """See `grpo_kernels.linear_policy_loss`: `linear_logps`, `policy_loss` and a sum, differentiated by autograd."""
+    tokens = Tokens(
+        advantages=advantages_N,
+        weights=weights,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        sampling_weights=sampling_weights,
+        sampling_logps=sampling_logps,
+        sequence_ids=sequence_ids,
+        entropy_weights=entropy_weights,
+        entropy_threshold=entropy_threshold,
+    )
+    options = PolicyOptions(
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        bias_correction_kl=bias_correction_kl,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
+        off_policy_mask_threshold=off_policy_mask_threshold,
+    )
+    return run_linear_policy_loss(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        tokens,
+        options,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        top_entropy_quantile=top_entropy_quantile,
+    )
+
+
+def run_linear_policy_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    tokens: Tokens,
+    options: PolicyOptions,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    top_entropy_quantile: float,
+) -> LinearPolicyLoss:
+    """`linear_policy_loss` of tokens and options in one piece each."""
+    logps_N, entropies_N = linear_logps(
+        hidden_ND,
+        weight_VD,
+        targets_N,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_entropy=True,
+    )
+    if top_entropy_quantile < 1.0:
+        threshold = entropy_quantile(entropies_N.detach(), top_entropy_quantile)
+        tokens = replace(tokens, entropy_threshold=threshold)
+    terms = run_policy_loss(logps_N, tokens, options, entropies=entropies_N)
+    return LinearPolicyLoss(
+        loss=terms.loss.sum(),
+        logps=logps_N.detach(),
+        entropies=entropies_N.detach(),
+        terms=replace(terms, loss=terms.loss.detach()),
     )

@@ -21,8 +21,16 @@ WRONG = {
     "softcap must be": {"softcap": -1.0},
     "logit_scale must be": {"logit_scale": float("inf")},
     "workspace_mib must be": {"workspace_mib": 0},
-    "impl must be one of auto, torch, reference, got 'fast'": {"impl": "fast"},
-    "triton is not available": {"impl": "triton"},
+    "impl must be one of auto, triton, torch, reference, got 'fast'": {"impl": "fast"},
+    "impl='triton' needs float32, bfloat16 or float16": {
+        "hidden_ND": torch.zeros(4, 6).double(),
+        "weight_VD": torch.zeros(7, 6).double(),
+        "impl": "triton",
+    },
+    "candidate must be": {"impl": "triton", "candidate": "cublas"},
+    r"temperature must be a number or \[4\]": {"temperature": torch.ones(3)},
+    "temperature must be finite and above 0, got values down to 0": {"temperature": torch.zeros(4)},
+    "temperature must not require a gradient": {"temperature": torch.ones(4, requires_grad=True)},
 }
 
 
@@ -32,3 +40,9 @@ def test_wrong_input_is_named(message):
     linear_logps(**inputs)
     with pytest.raises(ValueError, match=message):
         linear_logps(**{**inputs, **WRONG[message]})
+
+
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="impl='triton' needs a CUDA device, or TRITON_INTERPRET=1 on a CPU, got cpu"):
+        linear_logps(torch.zeros(4, 6), torch.zeros(7, 6), torch.zeros(4, dtype=torch.int64), impl="triton")

@@ -1,0 +1,73 @@
+"""Which implementation an op runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.head import Head
+from grpo_kernels.operands import Operands
+from grpo_kernels.tiles import Plan
+
+IMPLS = ("auto", "triton", "torch", "reference")
+
+logger = logging.getLogger(__name__)
+
+
+def choose_impl(impl: str, *, operand: torch.dtype, device: torch.device) -> str:
+    """Resolve "auto", and refuse what cannot run here.
+
+    Raises:
+        ValueError: If `impl` is unknown, or is "triton" without Triton, for float64, or on a CPU that does not
+            interpret it.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    if impl == "auto":
+        if device.type != "cuda" or operand == torch.float64:
+            return "torch"
+        if not _has_triton():
+            _announce_torch()
+            return "torch"
+        return "triton"
+    if impl == "triton":
+        if not _has_triton():
+            raise ValueError("impl='triton' needs the package triton, which is not installed")
+        if operand == torch.float64:
+            raise ValueError("impl='triton' needs float32, bfloat16 or float16 operands, got float64")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"impl='triton' needs a CUDA device, or TRITON_INTERPRET=1 on a CPU, got {device}")
+    return impl
+
+
+def make_operands(
+    impl: str,
+    head: Head,
+    plan: Plan,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    candidate: str | None = None,
+) -> Operands:
+    """The operands whose tiles `impl` makes, "triton" or "torch"; `candidate` is `launch.choose`'s."""
+    if impl == "torch":
+        return Operands(head, plan, hidden, weight, bias)
+    from grpo_kernels.kernel_operands import KernelOperands
+
+    return KernelOperands(head, plan, hidden, weight, bias, candidate=candidate)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _announce_torch() -> None:
+    logger.warning("grpo_kernels runs torch's operations on CUDA: the package triton is not installed")
