@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench offline clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grpo-fast demo $(ARGS)
@@ -26,6 +26,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# every Triton kernel for sm_80, sm_90 and sm_100, without a GPU: registers, spills, shared memory, matrix instructions
+offline: $(VENV)/.installed
+	$(BIN)/python -m grpo_kernels.offline $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/bench_main_job.py $(ARGS)

@@ -93,6 +93,7 @@ class Pack:
         rows: [N] int64, the row of the scored token in the padded batch the pack was cut from.
         columns: [N] int64, its column in the padded completion tensor. Tokens are ordered by row, then column.
         row_ids: The padded batch's rows that this pack holds, ascending.
+        row_lengths: How many scored tokens each of them has.
     """
 
     input_ids: Tensor
@@ -103,6 +104,7 @@ class Pack:
     rows: Tensor
     columns: Tensor
     row_ids: tuple[int, ...]
+    row_lengths: tuple[int, ...]
 
     def to(self, device: torch.device) -> Pack:
         """The same pack with its tensors on `device`."""
@@ -115,6 +117,7 @@ class Pack:
             rows=self.rows.to(device),
             columns=self.columns.to(device),
             row_ids=self.row_ids,
+            row_lengths=self.row_lengths,
         )
 
     def unpack(self, values: Tensor, out: Tensor) -> Tensor:

@@ -6,14 +6,16 @@ The per-token maths and the normalisers are `grpo_kernels`'; here are the pack's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grpo_fast.importance import Correction, SamplerWeights, sampler_weights
 from grpo_fast.metrics import Stats
-from grpo_kernels import PolicyLoss, normalisers, policy_loss
+from grpo_kernels import PolicyLoss, normalisers
+from grpo_kernels.options import PolicyOptions, Tokens
+from grpo_kernels.policy_loss import policy_loss_of, run_policy_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,62 +55,90 @@ def row_weights(
     )
 
 
-def pack_loss(
-    logps_N: Tensor,
-    entropies_N: Tensor,
-    *,
-    rows_N: Tensor,
-    columns_N: Tensor,
-    inputs: dict[str, Tensor],
-    weights_B: Tensor,
-    objective: Objective,
-) -> tuple[Tensor, Stats]:
-    """The pack's share of the micro-batch's loss, and its share of the metrics.
+class PackLoss:
+    """One pack's share of the micro-batch's loss, and of the metrics."""
 
-    Args:
-        logps_N: [N] fp32, the current policy's log-probs; the only input that receives a gradient.
-        entropies_N: [N] fp32.
-        rows_N: [N] int64, ascending, the row of the padded micro-batch each token comes from; whole rows only.
-        columns_N: [N] int64, its column.
-        inputs: The padded micro-batch: `advantages` [B] or [B, C], and where given `old_per_token_logps`,
-            `ref_per_token_logps`, `sampling_per_token_logps` [B, C] and `importance_sampling_ratio` [B, C] or [B, 1].
-        weights_B: [B] fp32 from `row_weights`.
-        objective: The settings.
-    """
+    def __init__(
+        self,
+        *,
+        rows_N: Tensor,
+        columns_N: Tensor,
+        inputs: dict[str, Tensor],
+        weights_B: Tensor,
+        objective: Objective,
+    ) -> None:
+        """Gather the pack's tokens from the padded micro-batch.
 
-    def tokens(name: str) -> Tensor | None:
-        values = inputs.get(name)
-        if values is None or values.dim() == 1:
-            return values if values is None else values[rows_N]
-        return values[rows_N, 0] if values.shape[1] == 1 else values[rows_N, columns_N]
+        Args:
+            rows_N: [N] int64, ascending, the row of the micro-batch each token comes from; whole rows only.
+            columns_N: [N] int64, its column.
+            inputs: `advantages` [B] or [B, C], and where given `old_per_token_logps`, `ref_per_token_logps`,
+                `sampling_per_token_logps` [B, C] and `importance_sampling_ratio` [B, C] or [B, 1].
+            weights_B: [B] fp32 from `row_weights`.
+            objective: The settings.
+        """
 
-    advantages_N = tokens("advantages")
-    assert advantages_N is not None
-    old_N = tokens("old_per_token_logps")
-    sampler = None
-    sampling_N = tokens("sampling_per_token_logps")
-    if objective.correction is not None and sampling_N is not None:
-        sampler = sampler_weights(logps_N if old_N is None else old_N, sampling_N, rows_N, objective.correction)
-        ratio_N = tokens("importance_sampling_ratio")
-        if ratio_N is not None:
-            sampler = SamplerWeights(weights=ratio_N, ratios=ratio_N, differences=sampler.differences)
-    terms = policy_loss(
-        logps_N,
-        advantages_N,
-        weights=weights_B[rows_N],
-        old_logps=old_N,
-        ref_logps=tokens("ref_per_token_logps") if objective.beta else None,
-        sampling_weights=None if sampler is None else sampler.weights,
-        loss_type=objective.loss_type,
-        epsilon_low=objective.epsilon_low,
-        epsilon_high=objective.epsilon_high,
-        delta=objective.delta,
-        beta=objective.beta,
-        bias_correction_kl=objective.bias_correction_kl,
-    )
-    loss = terms.loss.sum()
-    with torch.no_grad():
-        return loss, _stats(terms, entropies_N, sampler, rows_N)
+        def tokens(name: str) -> Tensor | None:
+            values = inputs.get(name)
+            if values is None or values.dim() == 1:
+                return values if values is None else values[rows_N]
+            return values[rows_N, 0] if values.shape[1] == 1 else values[rows_N, columns_N]
+
+        self.objective, self.rows_N = objective, rows_N
+        self.sampling_N = tokens("sampling_per_token_logps") if objective.correction is not None else None
+        self.given_ratio_N = tokens("importance_sampling_ratio") if objective.correction is not None else None
+        advantages_N = tokens("advantages")
+        assert advantages_N is not None
+        self.tokens = Tokens(
+            advantages=advantages_N,
+            weights=weights_B[rows_N],
+            old_logps=tokens("old_per_token_logps"),
+            ref_logps=tokens("ref_per_token_logps") if objective.beta else None,
+        )
+        self.options = PolicyOptions(
+            loss_type=objective.loss_type,
+            epsilon_low=objective.epsilon_low,
+            epsilon_high=objective.epsilon_high,
+            delta=objective.delta,
+            beta=objective.beta,
+            bias_correction_kl=objective.bias_correction_kl,
+        )
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """A token's loss depends on the other tokens of its row."""
+        correction = self.objective.correction
+        return correction is not None and correction.mode.startswith("sequence")
+
+    def of_rows(self, logps: Tensor, entropies: Tensor, some: slice) -> PolicyLoss:
+        """The terms of a slice of the N tokens, with their slopes and without a graph."""
+        return run_policy_loss(logps, self._tokens(logps, some), self.options, entropies=entropies)
+
+    def differentiable(self, logps_N: Tensor) -> PolicyLoss:
+        """The terms of all tokens; `loss` is differentiable in the log-probs."""
+        everything = slice(0, logps_N.numel())
+        return policy_loss_of(logps_N, self._tokens(logps_N, everything), self.options)
+
+    @torch.no_grad()
+    def stats(self, logps_N: Tensor, entropies_N: Tensor, terms: PolicyLoss) -> Stats:
+        """The pack's share of the metrics."""
+        return _stats(terms, entropies_N, self._sampler(logps_N, slice(0, logps_N.numel())), self.rows_N)
+
+    def _tokens(self, logps: Tensor, some: slice) -> Tokens:
+        sampler = self._sampler(logps, some)
+        tokens = self.tokens.rows(some)
+        return tokens if sampler is None else replace(tokens, sampling_weights=sampler.weights)
+
+    def _sampler(self, logps: Tensor, some: slice) -> SamplerWeights | None:
+        """The sampler's weights of a slice of whole rows, from their log-probs."""
+        if self.sampling_N is None or self.objective.correction is None:
+            return None
+        old = logps if self.tokens.old_logps is None else self.tokens.old_logps[some]
+        sampler = sampler_weights(old, self.sampling_N[some], self.rows_N[some], self.objective.correction)
+        if self.given_ratio_N is None:
+            return sampler
+        ratio = self.given_ratio_N[some]
+        return SamplerWeights(weights=ratio, ratios=ratio, differences=sampler.differences)
 
 
 def _stats(terms: PolicyLoss, entropies_N: Tensor, sampler: SamplerWeights | None, rows_N: Tensor) -> Stats:

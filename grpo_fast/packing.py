@@ -214,4 +214,5 @@ def _build(units: list[_Unit], prompt_ids: list[list[int]], completion_ids: list
         rows=torch.repeat_interleave(torch.tensor(row_ids), torch.tensor(lengths)),
         columns=torch.cat([torch.arange(length) for length in lengths]),
         row_ids=tuple(row_ids),
+        row_lengths=tuple(lengths),
     )

@@ -30,7 +30,8 @@ from grpo_fast.attention import (
 )
 from grpo_fast.batch import Layout, Pack
 from grpo_fast.modes import evaluating
-from grpo_kernels import linear_logps
+from grpo_kernels import linear_logps, linear_loss
+from grpo_kernels.linear_loss import RowsLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,12 +52,16 @@ class ScoreRequest:
         targets: [N] int64, the tokens they predict.
         temperature: What the logits are divided by.
         return_entropy: Whether entropies are wanted too.
+        loss: What turns log-probs into a loss, computed with its gradients in the same pass; or None.
+        sequence_lengths: With `loss`: lengths of the runs of targets it wants to see whole, or None.
     """
 
     predict: Tensor
     targets: Tensor
     temperature: float
-    return_entropy: bool
+    return_entropy: bool = False
+    loss: RowsLoss | None = None
+    sequence_lengths: tuple[int, ...] | None = None
 
 
 def install_scoring(model: nn.Module) -> None:
@@ -98,6 +103,43 @@ def score(
     request = ScoreRequest(
         predict=pack.predict, targets=pack.targets, temperature=temperature, return_entropy=return_entropy
     )
+    return _call(model, pack, request)
+
+
+def score_loss(
+    model: nn.Module,
+    pack: Pack,
+    loss: RowsLoss,
+    *,
+    temperature: float,
+    sequence_lengths: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss of a pack's log-probs under `model`, whose head computes it with its gradients in one pass.
+
+    Args:
+        model: As in `score`.
+        pack: The pack, on the model's device.
+        loss: From some tokens' log-probs and entropies to their terms; `grpo_kernels.linear_loss` says when.
+        temperature: What the logits are divided by.
+        sequence_lengths: Lengths of the runs of tokens that `loss` wants to see whole, or None.
+
+    Returns:
+        The loss, 0-dim and differentiable, once; log-probs and entropies [N] fp32, without gradients.
+
+    Raises:
+        ValueError: As `score`.
+    """
+    request = ScoreRequest(
+        predict=pack.predict,
+        targets=pack.targets,
+        temperature=temperature,
+        loss=loss,
+        sequence_lengths=sequence_lengths,
+    )
+    return _call(model, pack, request)
+
+
+def _call(model: nn.Module, pack: Pack, request: ScoreRequest) -> Any:
     if is_packed(model):
         plan = AttentionPlan(pack.layout)
         return model(
@@ -175,6 +217,7 @@ def _check_pack(prompt: Tensor, completions: Tensor) -> Pack:
         rows=torch.arange(num).repeat_interleave(length),
         columns=torch.arange(length).repeat(num),
         row_ids=tuple(range(num)),
+        row_lengths=(length,) * num,
     )
     return pack.to(device)
 
@@ -248,10 +291,25 @@ def _scoring_head(original: Forward) -> Forward:
     ) -> Any:
         if score is None:
             return original(self, input, *args, **kwargs)
+        targets = score.targets.to(input.device)
+        if score.loss is not None:
+            trained = linear_loss(
+                input,
+                self.weight,
+                targets,
+                score.loss,
+                bias=self.bias,
+                temperature=score.temperature,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                sequence_lengths=score.sequence_lengths,
+            )
+            # a plain tuple: the hooks of FSDP look for tensors in nothing else
+            return trained.loss, trained.logps, trained.entropies
         scored = linear_logps(
             input,
             self.weight,
-            score.targets.to(input.device),
+            targets,
             bias=self.bias,
             temperature=score.temperature,
             softcap=softcap,

@@ -6,6 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# where the kernels run: without a CUDA device, on the CPU by Triton's interpreter
+KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def placed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same leaves on the kernels' device."""
+    return {k: v.detach().to(KERNEL_DEVICE).requires_grad_(v.requires_grad) for k, v in tensors.items()}
+
 
 def make_head(
     N: int,

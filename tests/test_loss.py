@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_fast.importance import Correction
-from grpo_fast.loss import Objective, pack_loss, row_weights
+from grpo_fast.loss import Objective, PackLoss, row_weights
 from grpo_fast.metrics import Stats, to_metrics
 
 B, C = 4, 5
@@ -59,15 +59,9 @@ def packed(inputs, logps, mask, objective, splits=((0, 1), (2, 3))):
         kept[[i for i in range(B) if i not in split]] = False
         rows, columns = kept.nonzero(as_tuple=True)
         entropies = torch.full((len(rows),), 0.5)
-        loss, pack_stats = pack_loss(
-            logps[rows, columns],
-            entropies,
-            rows_N=rows,
-            columns_N=columns,
-            inputs=inputs,
-            weights_B=weights,
-            objective=objective,
-        )
+        parts = PackLoss(rows_N=rows, columns_N=columns, inputs=inputs, weights_B=weights, objective=objective)
+        terms = parts.differentiable(logps[rows, columns])
+        loss, pack_stats = terms.loss.sum(), parts.stats(logps[rows, columns], entropies, terms)
         total, stats = total + loss, stats + pack_stats
     return total, to_metrics(stats.vector()[None], has_kl=bool(objective.beta), has_sampler=True)
 
@@ -157,3 +151,22 @@ def test_no_tokens_give_no_metric_but_nan():
     assert metrics["entropy"] == 0
     assert math.isnan(metrics["clip_ratio/low_min"])
     assert math.isnan(metrics["sampling/importance_sampling_ratio/max"])
+
+
+@pytest.mark.parametrize("mode", ["token_mask", "sequence_truncate"])
+@pytest.mark.parametrize("missing", [(), ("old_per_token_logps",)], ids=["old", "no old"])
+def test_slopes_of_some_rows_are_the_gradient_of_all(mode, missing):
+    inputs, logps, mask = make_inputs()
+    for name in missing:
+        del inputs[name]
+    objective = make_objective(correction=Correction(mode=mode, clip_min=None, clip_max=2.0))
+    rows, columns = mask.nonzero(as_tuple=True)
+    weights = torch.rand(B, generator=torch.Generator().manual_seed(1))
+    parts = PackLoss(rows_N=rows, columns_N=columns, inputs=inputs, weights_B=weights, objective=objective)
+    (expected,) = torch.autograd.grad(parts.differentiable(logps[rows, columns]).loss.sum(), logps)
+    values, entropies = logps.detach()[rows, columns], torch.zeros(len(rows))
+    assert parts.needs_whole_rows == (mode == "sequence_truncate")
+    for start, stop in [(0, LENGTHS[0]), (LENGTHS[0], len(rows))]:
+        terms = parts.of_rows(values[start:stop], entropies[start:stop], slice(start, stop))
+        assert not terms.loss.requires_grad
+        torch.testing.assert_close(terms.slope, expected[rows, columns][start:stop], rtol=RTOL, atol=ATOL)

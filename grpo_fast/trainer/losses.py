@@ -13,11 +13,12 @@ from transformers import Trainer
 
 from grpo_fast.batch import Pack
 from grpo_fast.config import GRPOConfig
-from grpo_fast.loss import Objective, pack_loss, row_weights
+from grpo_fast.loss import Objective, PackLoss, row_weights
 from grpo_fast.metrics import Stats, to_metrics
 from grpo_fast.packing import default_max_tokens, pack_rows
-from grpo_fast.policy import score
+from grpo_fast.policy import score, score_loss
 from grpo_fast.rollout import unpadded_rows
+from grpo_kernels import PolicyLoss
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
@@ -94,8 +95,14 @@ class LossTrainer(Trainer):
             windows=accumulation / self.steps_per_generation if is_training else 1,
         )
 
-    def _pack_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[bool, Tensor, Stats]]:
-        """Each pack's loss with its graph, and whether it is the last; the backward pass of one precedes the next."""
+    def _pack_losses(
+        self, model: nn.Module, inputs: dict[str, Any], *, is_eager: bool = True
+    ) -> Iterator[tuple[bool, Tensor, Stats]]:
+        """Each pack's loss, and whether it is the last.
+
+        `is_eager`: the backward pass of one pack precedes the next. Then the head computes the loss with its gradients;
+        else those of all packs would be alive at once, and the loss gets an ordinary graph.
+        """
         if self._is_overridden("_get_per_token_logps_and_entropies"):
             yield True, *self._padded_loss(model, inputs)
             return
@@ -106,21 +113,36 @@ class LossTrainer(Trainer):
         weights = self._row_weights(inputs)
         for i, pack in enumerate(packs):
             is_last = i == len(packs) - 1
+            parts = PackLoss(
+                rows_N=pack.rows, columns_N=pack.columns, inputs=inputs, weights_B=weights, objective=self.objective
+            )
             # gradients travel between processes once, with the last pack; DDP decides that in the forward pass
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                with self.accelerator.autocast():
-                    logps, entropies = score(model, pack, temperature=self.temperature, return_entropy=True)
-                assert entropies is not None
-                loss, stats = pack_loss(
-                    logps,
-                    entropies,
-                    rows_N=pack.rows,
-                    columns_N=pack.columns,
-                    inputs=inputs,
-                    weights_B=weights,
-                    objective=self.objective,
-                )
-                yield is_last, loss, stats
+                yield is_last, *(self._swept(model, pack, parts) if is_eager else self._graphed(model, pack, parts))
+
+    def _swept(self, model: nn.Module, pack: Pack, parts: PackLoss) -> tuple[Tensor, Stats]:
+        terms: list[PolicyLoss] = []
+
+        def loss(logps: Tensor, entropies: Tensor, rows: slice) -> PolicyLoss:
+            terms.append(parts.of_rows(logps, entropies, rows))
+            return terms[-1]
+
+        with self.accelerator.autocast():
+            value, logps, entropies = score_loss(
+                model,
+                pack,
+                loss,
+                temperature=self.temperature,
+                sequence_lengths=pack.row_lengths if parts.needs_whole_rows else None,
+            )
+        return value, parts.stats(logps, entropies, PolicyLoss.joined(terms))
+
+    def _graphed(self, model: nn.Module, pack: Pack, parts: PackLoss) -> tuple[Tensor, Stats]:
+        with self.accelerator.autocast():
+            logps, entropies = score(model, pack, temperature=self.temperature, return_entropy=True)
+        assert entropies is not None
+        terms = parts.differentiable(logps)
+        return terms.loss.sum(), parts.stats(logps, entropies, terms)
 
     def _padded_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
         """The loss from the log-probs that an overridden `_get_per_token_logps_and_entropies` gives."""
@@ -130,15 +152,15 @@ class LossTrainer(Trainer):
         logps, entropies, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, width, compute_entropy=True)
         assert entropies is not None
         rows, columns = inputs["completion_mask"].nonzero(as_tuple=True)
-        return pack_loss(
-            logps[rows, columns],
-            entropies[rows, columns],
+        parts = PackLoss(
             rows_N=rows,
             columns_N=columns,
             inputs=inputs,
             weights_B=self._row_weights(inputs),
             objective=self.objective,
         )
+        terms = parts.differentiable(logps[rows, columns])
+        return terms.loss.sum(), parts.stats(logps[rows, columns], entropies[rows, columns], terms)
 
     def _zero_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """A loss of 0 that runs the model: a process without tokens still meets the others in the backward pass."""
@@ -173,7 +195,8 @@ class LossTrainer(Trainer):
             and torch.is_grad_enabled()
             and not self._is_overridden("compute_loss", "_compute_loss")
         )
-        for is_last, loss, pack_stats in self._pack_losses(model, inputs):
+        one_graph = torch.is_grad_enabled() and not is_eager
+        for is_last, loss, pack_stats in self._pack_losses(model, inputs, is_eager=not one_graph):
             stats = stats + pack_stats
             if is_eager and not is_last:
                 self.accelerator.backward(loss)

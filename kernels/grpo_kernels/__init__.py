@@ -2,6 +2,7 @@
 
 from grpo_kernels import reference
 from grpo_kernels.linear_logps import linear_logps
+from grpo_kernels.linear_loss import linear_loss
 from grpo_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
 from grpo_kernels.normalisers import entropy_quantile, row_weights
 from grpo_kernels.policy_loss import PolicyLoss, PolicyTotals, policy_loss
@@ -12,6 +13,7 @@ __all__ = [
     "PolicyTotals",
     "entropy_quantile",
     "linear_logps",
+    "linear_loss",
     "linear_policy_loss",
     "policy_loss",
     "reference",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +61,14 @@ def check_share(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+
+
+def check_lengths(N: int, *, sequence_lengths: Sequence[int] | None) -> None:
+    """Refuse lengths that do not add up to the rows."""
+    if sequence_lengths is None:
+        return
+    if sum(sequence_lengths) != N or min(sequence_lengths, default=0) < 0:
+        raise ValueError(f"sequence_lengths must be non-negative and add up to {N}, got {list(sequence_lengths)}")
 
 
 def check_weight_grad(weight_grad: Tensor | None, weight_VD: Tensor, *, is_wanted: bool) -> None:

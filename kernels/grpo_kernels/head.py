@@ -6,7 +6,9 @@ The formulas are derived in kernels/README.md, "The anchored softmax".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,6 +164,16 @@ class Slopes:
     def of_logps(head: Head, sums: RowSums) -> Slopes:
         """The slopes of the log-probs themselves."""
         return Slopes.of(head, sums, None, torch.ones_like(sums.S), None)
+
+    @staticmethod
+    def joined(parts: Sequence[Slopes]) -> Slopes:
+        """The slopes of all rows from those of some after the other; at least one part."""
+
+        def join(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        return Slopes(**{name: join(name) for name in ("scale", "at_target", "constant", "at_entropy")})
 
     def at(self, rows: slice) -> Slopes:
         """These rows' slopes."""

@@ -81,7 +81,10 @@ class _LinearLogps(torch.autograd.Function):
             return None, None, None, *nothing
         hidden, weight, bias, targets, anchor, offset, S, entropy, unit, values, offsets = ctx.saved_tensors
         if unit is not None and dentropy is None and dlogps is not None:
-            return (unit * dlogps[:, None]).to(unit.dtype), None, None, *nothing
+            dhidden = torch.empty_like(unit)
+            for rows in ctx.plan.row_tiles(slice(0, ctx.plan.N)):
+                dhidden[rows] = unit[rows] * dlogps[rows, None]
+            return dhidden, None, None, *nothing
         plan = ctx.plan
         with torch.autocast(hidden.device.type, enabled=False):
             operands = make_operands(ctx.impl, ctx.head, plan, hidden, weight, bias, candidate=ctx.candidate)

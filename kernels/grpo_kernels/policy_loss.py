@@ -145,6 +145,13 @@ def policy_loss(
             f"{'at least one' if tokens.needs_entropies else 'none'} of them"
         )
     check_tokens(logps_N=logps_N, entropies=entropies)
+    return policy_loss_of(logps_N, tokens, options, entropies=entropies, impl=impl)
+
+
+def policy_loss_of(
+    logps_N: Tensor, tokens: Tokens, options: PolicyOptions, *, entropies: Tensor | None = None, impl: str = "auto"
+) -> PolicyLoss:
+    """`policy_loss` of tokens and options in one piece each, without its checks."""
     impl = choose_impl(impl, operand=logps_N.dtype, device=logps_N.device)
     if impl != "triton":
         return policy_terms.run_policy_loss(logps_N, tokens, options, entropies=entropies)

@@ -12,16 +12,16 @@ IDS = (3, 4, 9, 11, 50)
 
 
 def make_tokens(lengths=LENGTHS, *, seed=0, dtype=torch.float64):
-    """Log-probs, everything the loss can be given, and entropies; the numbers are fp32's."""
+    """Log-probs, everything the loss can be given, and entropies, on the default device; the numbers are fp32's."""
     g = torch.Generator().manual_seed(seed)
     N = sum(lengths)
 
     def uniform(low, high):
-        return low + (high - low) * torch.rand(N, generator=g)
+        return (low + (high - low) * torch.rand(N, generator=g, device="cpu")).to(torch.get_default_device())
 
     old = uniform(-3, 0)
     logps = old + uniform(-0.6, 0.6)
-    advantages = torch.randn(N, generator=g)
+    advantages = torch.randn(N, generator=g, device="cpu").to(torch.get_default_device())
     advantages[::9] = 0
     sampling_logps = old + uniform(-0.5, 0.5)
     sampling_logps[::5] = float("nan")

@@ -27,11 +27,6 @@ def test_an_unknown_candidate_is_named():
         choose((9, 0), 4096, candidate="cublas")
 
 
-@pytest.mark.parametrize("capability", [None, (8, 0), (9, 0), (10, 0)])
-def test_scoring_and_training_are_launched_alike(capability):
-    assert choose(capability, 2048) == choose(capability, 2048)
-
-
 def test_the_tables_are_complete():
     assert set(FUSED) == set(RIVALS) == set(ARCHS)
     assert set(CANDIDATES) == {(arch, d_class) for arch in ARCHS for d_class in D_CLASSES}
