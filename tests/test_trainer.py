@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_fast import GRPOConfig, GRPOTrainer, loading
 from grpo_fast.attention import native_attention, packed_attention
+from grpo_fast.importance import Correction
 from tests.tiny_lm import CHAT_TEMPLATE, make_model, make_tokenizer, save
 
 # fp32: the same sums in another order
@@ -147,6 +149,45 @@ def test_overridden_loss_is_called_and_equals_the_packed_step(tmp_path):
     plain, subclassed = trained(tmp_path), trained(tmp_path, trainer_class=Subclass)
     assert subclassed.calls == 2
     torch.testing.assert_close(weights_of(plain), weights_of(subclassed), rtol=RTOL, atol=ATOL)
+
+
+def test_weights_of_whole_rows_survive_the_sweep_in_blocks(tmp_path):
+    """The sampler's weight of a row is a product over it: a block of the head's sweep must not end inside a row."""
+    trainer = build(tmp_path, max_tokens_per_pack=4096)
+    trainer.objective = replace(
+        trainer.objective, correction=Correction(mode="sequence_truncate", clip_min=None, clip_max=3.0)
+    )
+    g = torch.Generator().manual_seed(0)
+    # more tokens than the 1,024 rows of a block
+    lengths = torch.tensor([500, 450, 400])
+    mask = (torch.arange(500) < lengths[:, None]).long()
+    inputs = {
+        "prompt_ids": torch.randint(4, 14, (3, 4), generator=g),
+        "prompt_mask": torch.ones(3, 4, dtype=torch.int64),
+        "completion_ids": torch.randint(4, 14, (3, 500), generator=g),
+        "completion_mask": mask,
+        "advantages": torch.tensor([1.0, -1.0, 0.5]),
+        "num_items_in_batch": mask.sum(),
+    }
+    trainer.model.eval()
+    with torch.no_grad(), packed_attention(trainer.model):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        attention = torch.cat([inputs["prompt_mask"], mask], 1)
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, 500)
+    # each row's weight is about e to the mean of these: 1.3, 0.7 and, cut, 3
+    inputs["sampling_per_token_logps"] = logps - torch.tensor([0.3, -0.4, 2.0])[:, None] / lengths[:, None]
+    grads = []
+    for is_eager in (True, False):
+        trainer.model.zero_grad()
+        with packed_attention(trainer.model):
+            ((_, loss, stats),) = trainer._pack_losses(trainer.model, inputs, is_eager=is_eager)
+            loss.backward()
+        grads.append((loss.detach(), stats.vector(), [p.grad.clone() for p in trainer.model.parameters()]))
+    swept, graphed = grads
+    torch.testing.assert_close(swept[0], graphed[0], rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(swept[1], graphed[1], rtol=RTOL, atol=ATOL)
+    for gradient, expected in zip(swept[2], graphed[2], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=RTOL, atol=ATOL)
 
 
 def test_overridden_scoring_feeds_the_loss(tmp_path):
