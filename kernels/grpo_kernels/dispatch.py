@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -61,6 +63,14 @@ def make_operands(
     from grpo_kernels.kernel_operands import KernelOperands
 
     return KernelOperands(head, plan, hidden, weight, bias, candidate=candidate)
+
+
+@contextmanager
+def exactly_on(device: torch.device) -> Iterator[None]:
+    """Without autocast, and with the tensors' device as the one that kernels are launched on."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device, torch.autocast(device.type, enabled=False):
+        yield
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class KernelOperands(Operands):
     def fold(self, block: Block, rows: slice, columns: slice, wide_tile: Tensor, out: Tensor | None) -> None:
         """Add a tile to its rows' sums; with `out` [rows, columns] also write its coefficients, 0 at the targets."""
         sums = block.sums.at(rows)
-        operands = (block.hidden[rows], wide_tile)
+        hidden = block.hidden[rows]
         arguments = {
             **self._tile_arguments(block, rows, columns),
             "offset_R": sums.offset,
@@ -68,9 +68,10 @@ class KernelOperands(Operands):
             "kept_RC": out,
         }
         if self.launch.candidate == "fused":
-            fused_exp_tile_(operands[0], operands[1].to(self.head.operand), **arguments, config=self.launch.fused)
+            weight = wide_tile.to(self.head.operand).contiguous()
+            fused_exp_tile_(hidden, weight, **arguments, config=self.launch.fused)
         else:
-            exp_tile_(self.products(*operands), **arguments, kept_dtype=self.narrow)
+            exp_tile_(self.products(hidden, wide_tile), **arguments, kept_dtype=self.narrow)
 
     def coefficients(self, block: Block, rows: slice, columns: slice, wide_tile: Tensor, slopes: Slopes) -> Tensor:
         """[rows, columns] coefficients computed once more from the logits, 0 at the targets, in the narrow dtype."""

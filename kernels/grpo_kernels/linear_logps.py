@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grpo_kernels import reference
 from grpo_kernels.checks import check_head, check_positive, check_temperature, operand_dtype
-from grpo_kernels.dispatch import choose_impl, make_operands
+from grpo_kernels.dispatch import choose_impl, exactly_on, make_operands
 from grpo_kernels.first_order import first_order
 from grpo_kernels.head import Head, RowSums, Slopes
 from grpo_kernels.operands import Operands
@@ -61,7 +61,7 @@ class _LinearLogps(torch.autograd.Function):
         has_backward: bool,
     ) -> tuple[Tensor, Tensor | None]:
         is_frozen = has_backward and not any(ctx.needs_input_grad[1:3])
-        with torch.autocast(hidden.device.type, enabled=False):
+        with exactly_on(hidden.device):
             operands = make_operands(impl, head, plan, hidden, weight, bias, candidate=candidate)
             unit = torch.empty_like(hidden) if is_frozen else None
             sums, kept = _score(operands, targets, with_entropy=with_entropy, unit=unit)
@@ -86,7 +86,7 @@ class _LinearLogps(torch.autograd.Function):
                 dhidden[rows] = unit[rows] * dlogps[rows, None]
             return dhidden, None, None, *nothing
         plan = ctx.plan
-        with torch.autocast(hidden.device.type, enabled=False):
+        with exactly_on(hidden.device):
             operands = make_operands(ctx.impl, ctx.head, plan, hidden, weight, bias, candidate=ctx.candidate)
             sums = RowSums(anchor=anchor, offset=offset, S=S)
             slopes = Slopes.of(ctx.head, sums, entropy, dlogps, dentropy)
@@ -167,6 +167,8 @@ def linear_logps(
             logit_scale=logit_scale,
             return_entropy=return_entropy,
         )
+    # kernels read these element by element
+    targets_N, bias = targets_N.contiguous(), None if bias is None else bias.contiguous()
     head = Head(operand, temperature, softcap, logit_scale)
     has_backward = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden_ND, weight_VD, bias)

@@ -20,7 +20,7 @@ from grpo_kernels.checks import (
     check_weight_grad,
     operand_dtype,
 )
-from grpo_kernels.dispatch import choose_impl, make_operands
+from grpo_kernels.dispatch import choose_impl, exactly_on, make_operands
 from grpo_kernels.first_order import first_order
 from grpo_kernels.head import Head, RowSums, Slopes
 from grpo_kernels.operands import Block, Operands
@@ -215,6 +215,8 @@ def linear_loss(
     check_lengths(N, sequence_lengths=sequence_lengths)
     operand = operand_dtype(hidden_ND, weight_VD, bias)
     temperature = check_temperature(temperature, N, operand=operand, device=hidden_ND.device)
+    # kernels read these element by element
+    targets_N, bias = targets_N.contiguous(), None if bias is None else bias.contiguous()
     head = Head(operand, temperature, softcap, logit_scale)
     has_grad = torch.is_grad_enabled()
     needs = (
@@ -241,7 +243,7 @@ def linear_loss(
         workspace=workspace_mib << 20,
     )
     plan = make_plan(N, D, weight_VD.shape[0], request)
-    with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+    with torch.no_grad(), exactly_on(hidden_ND.device):
         operands = make_operands(impl, head, plan, hidden_ND, weight_VD, bias, candidate=candidate)
         gradients = Gradients(operands, needs, into=weight_grad) if any(needs) else None
         follows_unit = needs[0] and not needs_products

@@ -131,6 +131,11 @@ class Tokens:
     entropy_weights: Tensor | None = None
     entropy_threshold: Tensor | None = None
 
+    def contiguous(self) -> Tokens:
+        """The same in memory that a kernel reads element by element."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: t.contiguous() for name, t in given.items() if t is not None})
+
     def rows(self, rows: slice) -> Tokens:
         """The tokens of a slice; views."""
 

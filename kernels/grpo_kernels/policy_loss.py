@@ -173,4 +173,5 @@ def run_policy_loss(
             return policy_terms.run_policy_loss(logps_N, tokens, options, entropies=entropies)
         from grpo_kernels.policy_loss_kernel import launch_policy_loss
 
-        return launch_policy_loss(logps_N, tokens, options, entropies=entropies)
+        entropies = None if entropies is None else entropies.contiguous()
+        return launch_policy_loss(logps_N.contiguous(), tokens.contiguous(), options, entropies=entropies)

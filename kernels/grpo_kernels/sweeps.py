@@ -110,6 +110,8 @@ def gradient_sweep(
     """
     plan, narrow = operands.plan, operands.narrow
     needs_weight = gradients.weight is not None and (plan.sums_weight or plan.block >= plan.N)
+    if gradients.hidden is None and gradients.bias is None and not needs_weight:
+        return
     coefficients = None if kept is None else operands.kept_coefficients(kept, block, slopes)
     scaled = operands.scaled(block, slice(0, block.size), slopes) if needs_weight else None
     total = (
