@@ -33,12 +33,12 @@ def choose_impl(impl: str, *, operand: torch.dtype, device: torch.device) -> str
     if impl == "auto":
         if device.type != "cuda" or operand == torch.float64:
             return "torch"
-        if not _has_triton():
+        if not has_triton():
             _announce_torch()
             return "torch"
         return "triton"
     if impl == "triton":
-        if not _has_triton():
+        if not has_triton():
             raise ValueError("impl='triton' needs the package triton, which is not installed")
         if operand == torch.float64:
             raise ValueError("impl='triton' needs float32, bfloat16 or float16 operands, got float64")
@@ -74,7 +74,8 @@ def exactly_on(device: torch.device) -> Iterator[None]:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package is installed."""
     return importlib.util.find_spec("triton") is not None
 
 

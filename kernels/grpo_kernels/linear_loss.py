@@ -20,7 +20,7 @@ from grpo_kernels.checks import (
     check_weight_grad,
     operand_dtype,
 )
-from grpo_kernels.dispatch import choose_impl, exactly_on, make_operands
+from grpo_kernels.dispatch import choose_impl, exactly_on, has_triton, make_operands
 from grpo_kernels.first_order import first_order
 from grpo_kernels.head import Head, RowSums, Slopes
 from grpo_kernels.operands import Block, Operands
@@ -43,17 +43,18 @@ class _Sweep:
         loss: RowsLoss,
         gradients: Gradients | None,
         *,
-        keeps_wide: bool,
+        has_entropy_slope: bool,
         follows_unit: bool,
     ) -> None:
         self.operands, self.targets, self.loss, self.gradients = operands, targets, loss, gradients
         # the hidden gradient is d log-prob / d hidden, summed up with the logits, times the slope
-        self.follows_unit = follows_unit
+        self.follows_unit, self.has_entropy_slope = follows_unit, has_entropy_slope
         self.plan, self.head = operands.plan, operands.head
         self.sums = RowSums.empty(operands.anchors(targets), with_entropy=True)
         self.kept = None
         if self.plan.keep:
-            dtype = self.head.wide if keeps_wide else operands.narrow
+            # the exponents are taken from the exponentials, for which half precision is too coarse
+            dtype = self.head.wide if has_entropy_slope else operands.narrow
             self.kept = Kept.empty(self.plan, dtype=dtype, wide=self.head.wide, device=targets.device)
         self.slopes: list[Slopes] = []
 
@@ -99,6 +100,8 @@ class _Sweep:
         sums = self.sums.at(group)
         logps, entropies = sums.logps(), sums.entropy()
         terms = self.loss(logps, entropies, group)
+        if terms.entropy_slope is not None and not self.has_entropy_slope:
+            raise ValueError("loss returned an entropy_slope, which needs has_entropy_slope=True")
         slopes = Slopes.of(self.head.at(group), sums, entropies, terms.slope, terms.entropy_slope)
         self.slopes.append(slopes)
         return logps, entropies, terms, slopes
@@ -136,7 +139,7 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the loss: its gradients were handed over by an earlier backward pass")
+            raise RuntimeError("backward() runs once: the gradients were handed over by an earlier pass")
         if ctx.is_weight_given:
             _check_upstream(dloss)
         for gradient in gradients:
@@ -146,7 +149,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _check_upstream(dloss: Tensor) -> None:
-    message = "the loss: with weight_grad the loss must go into backward() as it is, upstream gradient 1"
+    message = "with weight_grad the loss must go into backward() as it is, with an upstream gradient 1"
     if dloss.is_cuda:
         torch._assert_async(dloss == 1, message)
     elif dloss != 1:
@@ -155,7 +158,7 @@ def _check_upstream(dloss: Tensor) -> None:
 
 def _multiply_(gradient: Tensor, dloss: Tensor) -> None:
     """Multiply in place, without memory traffic where the factor is 1, and without a wait for the device."""
-    if gradient.is_cuda and gradient.dtype != torch.float64:
+    if gradient.is_cuda and gradient.dtype != torch.float64 and has_triton():
         from grpo_kernels.row_kernels import scale_unless_one_
 
         scale_unless_one_(gradient, dloss)
@@ -247,7 +250,9 @@ def linear_loss(
         operands = make_operands(impl, head, plan, hidden_ND, weight_VD, bias, candidate=candidate)
         gradients = Gradients(operands, needs, into=weight_grad) if any(needs) else None
         follows_unit = needs[0] and not needs_products
-        sweep = _Sweep(operands, targets_N, loss, gradients, keeps_wide=has_entropy_slope, follows_unit=follows_unit)
+        sweep = _Sweep(
+            operands, targets_N, loss, gradients, has_entropy_slope=has_entropy_slope, follows_unit=follows_unit
+        )
         logps, entropies, terms = sweep.run(sequence_lengths)
         total = terms.loss.sum()
     if gradients is not None:

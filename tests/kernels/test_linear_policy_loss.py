@@ -6,7 +6,7 @@ Run by Triton's interpreter the kernels do the same as torch's operations: both 
 import pytest
 import torch
 
-from grpo_kernels import LinearPolicyLoss, linear_logps, linear_policy_loss, policy_loss, reference
+from grpo_kernels import LinearPolicyLoss, linear_logps, linear_loss, linear_policy_loss, policy_loss, reference
 from grpo_kernels.options import LOSS_TYPES
 from grpo_kernels.policy_terms import PolicyLoss
 from tests.heads import KERNEL_DEVICE, make_head, placed, relative_rms, to_float64
@@ -253,7 +253,7 @@ def test_the_weight_gradient_is_added_into_a_given_buffer(dtype, workspace_mib):
 def test_with_a_given_buffer_the_upstream_gradient_must_be_one():
     inputs = make_head(20, 100, 16)
     result = linear_policy_loss(**inputs, **make_tokens(inputs), weight_grad=torch.zeros(100, 16))
-    with pytest.raises(ValueError, match=r"weight_grad .*upstream gradient 1, got 0.5"):
+    with pytest.raises(ValueError, match=r"weight_grad .* upstream gradient 1, got 0.5"):
         (result.loss * 0.5).backward()
 
 
@@ -437,7 +437,9 @@ def bad_calls():
 
 
 @pytest.mark.parametrize(("wrong", "message"), bad_calls(), ids=[message[:40] for _, message in bad_calls()])
-def test_mistakes_are_named(wrong, message):
+def test_mistakes_are_named(monkeypatch, wrong, message):
+    # a candidate is looked up before anything is launched
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     inputs = make_head(20, 100, 16)
     tokens = make_tokens(inputs)
     with pytest.raises(ValueError, match=message):
@@ -449,3 +451,39 @@ def test_a_buffer_for_a_frozen_weight_is_refused():
     inputs["weight_VD"].requires_grad_(False)
     with pytest.raises(ValueError, match="weight_VD does not require a gradient"):
         linear_policy_loss(**inputs, **make_tokens(inputs), weight_grad=torch.zeros(100, 16))
+
+
+def test_a_loss_of_ones_own_sees_whole_sequences_and_gets_its_gradients():
+    inputs = make_head(1200, 300, 24)
+    lengths, seen = [300, 500, 1, 399], []
+
+    def of(logps, entropies, graph=False):
+        loss = (logps * 0.1).square() - 0.01 * entropies
+        return loss if graph else loss.detach()
+
+    def loss(logps, entropies, rows):
+        seen.append((rows.start, rows.stop))
+        flags = torch.zeros_like(logps, dtype=torch.bool)
+        return PolicyLoss(
+            loss=of(logps, entropies),
+            slope=0.02 * logps,
+            entropy_slope=torch.full_like(entropies, -0.01),
+            ratio=torch.ones_like(logps),
+            kl=None,
+            is_low_clipped=flags,
+            is_high_clipped=flags,
+            phi=None,
+        )
+
+    ours = linear_loss(**inputs, loss=loss, sequence_lengths=lengths, has_entropy_slope=True)
+    grads = torch.autograd.grad(ours.loss, [inputs["hidden_ND"], inputs["weight_VD"]])
+    wide = to_float64(inputs)
+    logps, entropies = reference.linear_logps(**wide, return_entropy=True)
+    exact = torch.autograd.grad(of(logps, entropies, graph=True).sum(), [wide["hidden_ND"], wide["weight_VD"]])
+    assert seen == [(0, 801), (801, 1200)]
+    for gradient, expected in zip(grads, exact, strict=True):
+        assert relative_rms(gradient, expected) <= FP32_GRADS
+    with pytest.raises(ValueError, match="needs has_entropy_slope=True"):
+        linear_loss(**inputs, loss=loss)
+    with pytest.raises(ValueError, match=r"sequence_lengths must be non-negative and add up to 1200, got \[1199\]"):
+        linear_loss(**inputs, loss=loss, sequence_lengths=[1199])

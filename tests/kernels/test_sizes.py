@@ -10,7 +10,7 @@ import torch
 
 from grpo_kernels import linear_logps, linear_policy_loss, reference
 from grpo_kernels.tiles import make_plan
-from tests.heads import make_head, relative_rms, to_float64
+from tests.heads import KERNEL_DEVICE, make_head, placed, relative_rms, to_float64
 
 # fp32 sums of up to 262,144 terms, and products of up to 8,192, against float64
 FP32 = 1e-5
@@ -39,27 +39,40 @@ def widened(tokens):
     return {k: v.double() if v.is_floating_point() else v for k, v in tokens.items()}
 
 
+def at_home(how, **tensors):
+    """The tensors where `how` runs, leaves again: the kernels' device for the kernels."""
+    if how.get("impl") != "triton" or KERNEL_DEVICE.type == "cpu":
+        return tensors.values()
+    if how.get("candidate") == "fused" and tensors["inputs"]["hidden_ND"].dtype == torch.float32:
+        pytest.skip("on a GPU the fused kernel multiplies half precision only")
+    return [placed(group) for group in tensors.values()]
+
+
 def grads_of(loss, inputs):
     wanted = [k for k, v in inputs.items() if v.requires_grad]
-    return dict(zip(wanted, torch.autograd.grad(loss, [inputs[k] for k in wanted]), strict=True))
+    grads = torch.autograd.grad(loss, [inputs[k] for k in wanted])
+    return {name: grad.cpu() for name, grad in zip(wanted, grads, strict=True)}
 
 
 def run_logps(inputs, *, wide=False, **options):
     """Log-probs, entropies, and the gradients of a sum of both."""
     op = reference.linear_logps if wide else linear_logps
+    (inputs,) = at_home(options, inputs=inputs)
     logps, entropies = op(**inputs, return_entropy=True, **options)
     g = torch.Generator().manual_seed(2)
-    slopes = torch.randn(2, logps.numel(), generator=g).to(logps.dtype)
-    return logps.detach(), entropies.detach(), grads_of((slopes[0] * logps + slopes[1] * entropies).sum(), inputs)
+    slopes = torch.randn(2, logps.numel(), generator=g).to(logps)
+    grads = grads_of((slopes[0] * logps + slopes[1] * entropies).sum(), inputs)
+    return logps.detach().cpu(), entropies.detach().cpu(), grads
 
 
 def run_loss(inputs, *, wide=False, tokens=None, **options):
     """Log-probs, entropies, and the gradients of the loss."""
     tokens = tokens or make_tokens(inputs["targets_N"].numel())
+    inputs, tokens = at_home(options, inputs=inputs, tokens=tokens)
     op = reference.linear_policy_loss if wide else linear_policy_loss
     result = op(**inputs, **(widened(tokens) if wide else tokens), **options)
     assert result.loss.isfinite()
-    return result.logps, result.entropies, grads_of(result.loss, inputs)
+    return result.logps.cpu(), result.entropies.cpu(), grads_of(result.loss, inputs)
 
 
 OPS = [run_logps, run_loss]
