@@ -16,9 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from head_child import Run
-from head_provenance import provenance
 from head_providers import DATA, DTYPES, PROVIDERS, why_not
 from head_table import Result, markdown
+from provenance import provenance
 
 from grpo_fast.cli import ENVIRONMENT
 

