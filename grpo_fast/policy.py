@@ -305,7 +305,7 @@ def _scoring_head(original: Forward) -> Forward:
                 sequence_lengths=score.sequence_lengths,
             )
             # a plain tuple: the hooks of FSDP look for tensors in nothing else
-            return trained.loss, trained.logps, trained.entropies
+            return trained.loss, trained.logps, trained.entropy
         scored = linear_logps(
             input,
             self.weight,

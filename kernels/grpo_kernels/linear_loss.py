@@ -260,4 +260,4 @@ def linear_loss(
         dbias = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)
         computed = [gradients.hidden, dweight, dbias]
         total = _WithGradients.apply(hidden_ND, weight_VD, bias, total, computed, weight_grad is not None)
-    return LinearPolicyLoss(loss=total, logps=logps, entropies=entropies, terms=terms)
+    return LinearPolicyLoss(loss=total, logps=logps, entropy=entropies, terms=terms)

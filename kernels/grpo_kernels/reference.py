@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_kernels.checks import operand_dtype
 from grpo_kernels.normalisers import entropy_quantile
 from grpo_kernels.options import PolicyOptions, Tokens
-from grpo_kernels.policy_terms import PolicyLoss, run_policy_loss
+from grpo_kernels.policy_terms import PolicyLoss, PolicyTotals, run_policy_loss
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,19 @@ class LinearPolicyLoss:
     Attributes:
         loss: 0-dim, the sum of the tokens' shares.
         logps: [N], the targets' log-probs.
-        entropies: [N], in nat.
-        terms: [N] each, the shares and what metrics want; `terms.totals()` sums them up.
+        entropy: [N], of each token's softmax, in nat.
+        terms: [N] each, the shares and what metrics want of each token.
     """
 
     loss: Tensor
     logps: Tensor
-    entropies: Tensor
+    entropy: Tensor
     terms: PolicyLoss
+
+    @property
+    def totals(self) -> PolicyTotals:
+        """Clipped tokens by side, the KL's sum, the range of the ratio."""
+        return self.terms.totals()
 
 
 def linear_logps(
@@ -232,6 +237,6 @@ def run_linear_policy_loss(
     return LinearPolicyLoss(
         loss=terms.loss.sum(),
         logps=logps_N.detach(),
-        entropies=entropies_N.detach(),
+        entropy=entropies_N.detach(),
         terms=replace(terms, loss=terms.loss.detach()),
     )

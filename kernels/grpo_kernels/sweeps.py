@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_kernels.gemm import add_product_, add_rows_, widen
 from grpo_kernels.head import Slopes
 from grpo_kernels.operands import Block, Operands
-from grpo_kernels.tiles import Kept
+from grpo_kernels.tiles import MIN_SIDE, Kept
 
 
 def forward_sweep(operands: Operands, block: Block, *, kept: Kept | None = None, unit: Tensor | None = None) -> None:
@@ -24,9 +24,9 @@ def forward_sweep(operands: Operands, block: Block, *, kept: Kept | None = None,
         unit: [block, D] wide, zeros: becomes `sum_j coefficient_j * w_j` relative to the final offsets, or None.
     """
     plan = operands.plan
-    scratch = (
-        None if unit is None else operands.products_buffer.new_empty(plan.rows * plan.columns, dtype=operands.narrow)
-    )
+    # rows start at a multiple of 128 bytes, as those of kept exponentials do: kernels then run the same machine code
+    width = -(-plan.columns // MIN_SIDE) * MIN_SIDE
+    scratch = None if unit is None else torch.empty(plan.rows, width, dtype=operands.narrow, device=unit.device)
     for tile, columns in enumerate(plan.vocab_tiles()):
         weight_tile = operands.weight_tile(columns)
         wide_tile = widen(weight_tile)
@@ -35,8 +35,7 @@ def forward_sweep(operands: Operands, block: Block, *, kept: Kept | None = None,
             if unit is None or scratch is None:
                 operands.fold(block, rows, columns, wide_tile, out)
                 continue
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            exps = scratch[: shape[0] * shape[1]].view(shape)
+            exps = scratch[: rows.stop - rows.start, : columns.stop - columns.start]
             before = block.sums.offset[rows].clone()
             operands.fold(block, rows, columns, wide_tile, exps)
             unit[rows] *= torch.exp(before - block.sums.offset[rows])[:, None]

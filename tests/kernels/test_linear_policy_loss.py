@@ -79,12 +79,14 @@ def assert_matches_float64(
     )
     assert (ours.logps <= 0).all()
     torch.testing.assert_close(ours.logps.double(), exact.logps, rtol=0, atol=logps)
-    torch.testing.assert_close(ours.entropies.double(), exact.entropies, rtol=0, atol=max(logps, 1e-5))
+    torch.testing.assert_close(ours.entropy.double(), exact.entropy, rtol=0, atol=max(logps, 1e-5))
     # a ratio's relative error is the log-prob's absolute one; weights sum to about a half
     torch.testing.assert_close(ours.loss.double(), exact.loss, rtol=20 * logps, atol=logps)
     torch.testing.assert_close(ours.terms.ratio.double(), exact.terms.ratio, rtol=3 * logps, atol=0)
     assert torch.equal(ours.terms.is_low_clipped, exact.terms.is_low_clipped)
     assert torch.equal(ours.terms.is_high_clipped, exact.terms.is_high_clipped)
+    assert ours.totals.low_clipped == exact.totals.low_clipped
+    torch.testing.assert_close(ours.totals.ratio_max.double(), exact.totals.ratio_max, rtol=3 * logps, atol=0)
     for name, expected in exact_grads.items():
         assert our_grads[name].dtype == inputs[name].dtype
         assert relative_rms(our_grads[name], expected) <= grads, name
@@ -192,7 +194,7 @@ def test_one_temperature_a_token(how):
                 return_entropy=True,
             )
             torch.testing.assert_close(ours.logps[one], logps.detach(), rtol=0, atol=FP32_LOGPS)
-            torch.testing.assert_close(ours.entropies[one], entropy.detach(), rtol=0, atol=FP32_LOGPS)
+            torch.testing.assert_close(ours.entropy[one], entropy.detach(), rtol=0, atol=FP32_LOGPS)
         assert_matches_float64(
             inputs, tokens, logps=FP32_LOGPS, grads=FP32_GRADS, temperature=temperature, softcap=softcap, how=how
         )
@@ -218,7 +220,7 @@ def test_a_threshold_does_what_its_quantile_does():
     inputs = make_head(100, 500, 40)
     tokens = make_tokens(inputs)
     by_share = linear_policy_loss(**inputs, **tokens, top_entropy_quantile=0.25)
-    threshold = torch.quantile(by_share.entropies, 0.75)
+    threshold = torch.quantile(by_share.entropy, 0.75)
     by_threshold = linear_policy_loss(**inputs, **tokens, entropy_threshold=threshold)
     assert torch.equal(by_share.loss, by_threshold.loss)
     assert (by_share.terms.loss != 0).sum() == 25

@@ -72,7 +72,7 @@ def run_loss(inputs, *, wide=False, tokens=None, **options):
     op = reference.linear_policy_loss if wide else linear_policy_loss
     result = op(**inputs, **(widened(tokens) if wide else tokens), **options)
     assert result.loss.isfinite()
-    return result.logps.cpu(), result.entropies.cpu(), grads_of(result.loss, inputs)
+    return result.logps.cpu(), result.entropy.cpu(), grads_of(result.loss, inputs)
 
 
 OPS = [run_logps, run_loss]
@@ -344,7 +344,7 @@ def test_a_bad_hidden_row_spoils_its_row_and_the_weights_gradient(how, workspace
     logps, entropies = linear_logps(**inputs, return_entropy=True, workspace_mib=workspace_mib, **how)
     result = linear_policy_loss(**inputs, **make_tokens(70), workspace_mib=workspace_mib, **how)
     only = torch.arange(70) == 3
-    for values in (logps, entropies, result.logps, result.entropies, result.terms.loss):
+    for values in (logps, entropies, result.logps, result.entropy, result.terms.loss):
         assert torch.equal(values.isnan(), only)
     for loss in (logps.sum(), result.loss):
         assert loss.isnan()
@@ -384,7 +384,7 @@ def test_more_logits_than_32_bits_count(run, is_frozen):
             loss = logps.sum()
         else:
             result = linear_policy_loss(**own, **{k: v[rows] for k, v in tokens.items()})
-            logps, entropies, loss = result.logps, result.entropies, result.loss
+            logps, entropies, loss = result.logps, result.entropy, result.loss
         return logps.detach(), entropies.detach(), grads_of(loss, own) if is_frozen else {}
 
     everything, alone = at(slice(0, N)), at(few)
