@@ -40,8 +40,10 @@ class KernelOperands(Operands):
             candidate = "tile"
         capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else None
         self.launch = choose(capability, hidden.shape[1], candidate=candidate)
-        temperature = torch.as_tensor(head.temperature, dtype=torch.float32, device=hidden.device)
-        self.inv_temperature = (1.0 / temperature).expand(plan.N).contiguous()
+        if isinstance(head.temperature, Tensor):
+            self.inv_temperature = head.temperature.reciprocal()
+        else:
+            self.inv_temperature = torch.full((plan.N,), 1.0 / head.temperature, device=hidden.device)
 
     def anchors(self, targets: Tensor) -> Tensor:
         """[N] the targets' logits."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -133,8 +134,15 @@ class Tokens:
 
     def contiguous(self) -> Tokens:
         """The same in memory that a kernel reads element by element."""
+        return self._each(Tensor.contiguous)
+
+    def clone(self) -> Tokens:
+        """Copies."""
+        return self._each(Tensor.clone)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: t.contiguous() for name, t in given.items() if t is not None})
+        return dataclasses.replace(self, **{name: function(t) for name, t in given.items() if t is not None})
 
     def rows(self, rows: slice) -> Tokens:
         """The tokens of a slice; views."""

@@ -103,6 +103,10 @@ def run_policy_loss(
     logps_N: Tensor, tokens: Tokens, options: PolicyOptions, *, entropies: Tensor | None = None
 ) -> PolicyLoss:
     """`policy_loss` of tokens and options in one piece each; slopes are there with and without grad mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            entropies = None if entropies is None else entropies.clone()
+            return run_policy_loss(logps_N.clone(), tokens.clone(), options, entropies=entropies)
     has_grad = torch.is_grad_enabled()
 
     def differentiable(tensor: Tensor) -> Tensor:

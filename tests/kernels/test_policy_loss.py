@@ -374,3 +374,14 @@ def test_clipped_losses_differ_in_their_weights_alone():
         chosen, options = choose("everything", tokens, loss_type, "sequence")
         losses.append(policy_loss(logps, **as_arguments(chosen, options), entropies=entropies).loss)
     assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+def test_under_inference_mode():
+    logps, tokens, entropies = make_ragged()
+    chosen, options = choose("everything", tokens, "dapo", "sequence")
+    expected = policy_loss(logps, **as_arguments(chosen, options), entropies=entropies)
+    with torch.inference_mode():
+        made = logps * 1.0
+        out = policy_loss(made, **as_arguments(chosen, options), entropies=entropies)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.slope, expected.slope)
