@@ -19,7 +19,7 @@ from grpo_kernels.first_order import first_order
 from grpo_kernels.head import Head, RowSums, Slopes
 from grpo_kernels.operands import Operands
 from grpo_kernels.sweeps import Gradients, forward_sweep, gradient_sweep, weight_sweep
-from grpo_kernels.tiles import Kept, Plan, Request, make_plan
+from grpo_kernels.tiles import Kept, Plan, Request, make_plan, narrow_dtype
 
 
 def _score(
@@ -178,7 +178,7 @@ def linear_logps(
         operand=operand,
         device=hidden_ND.device,
         keeps="all" if trains_head else "none",
-        casts_weight=weight_VD.dtype != operand,
+        casts_weight=weight_VD.dtype != narrow_dtype(operand, hidden_ND.device),
         rounds_weight_grad=has_backward and weight_VD.requires_grad and weight_VD.dtype.itemsize < head.wide.itemsize,
         uses_kernels=impl == "triton",
         workspace=workspace_mib << 20,

@@ -27,7 +27,7 @@ from grpo_kernels.operands import Block, Operands
 from grpo_kernels.policy_terms import PolicyLoss
 from grpo_kernels.reference import LinearPolicyLoss
 from grpo_kernels.sweeps import Gradients, forward_sweep, gradient_sweep, weight_sweep
-from grpo_kernels.tiles import Kept, Request, make_plan, within
+from grpo_kernels.tiles import Kept, Request, make_plan, narrow_dtype, within
 
 # from the log-probs and entropies of some rows, and which rows they are, to their terms
 RowsLoss = Callable[[Tensor, Tensor, slice], PolicyLoss]
@@ -240,7 +240,7 @@ def linear_loss(
         device=hidden_ND.device,
         keeps="block" if needs_products and can_keep else "none",
         keeps_wide=has_entropy_slope,
-        casts_weight=weight_VD.dtype != operand,
+        casts_weight=weight_VD.dtype != narrow_dtype(operand, hidden_ND.device),
         rounds_weight_grad=needs[1] and grad_dtype.itemsize < head.wide.itemsize,
         uses_kernels=impl == "triton",
         workspace=workspace_mib << 20,

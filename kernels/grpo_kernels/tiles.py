@@ -146,7 +146,7 @@ class Request:
         device: Where.
         keeps: "none" of the exponentials, "all" of them if they fit the workspace, or those of a "block" at a time.
         keeps_wide: Whether they are kept in the wide dtype, so that their logarithms are good exponents.
-        casts_weight: Whether tiles of the weight are copied to be rounded to `operand`.
+        casts_weight: Whether tiles of the weight are copied to be rounded to the dtype of products or of gradients.
         rounds_weight_grad: Whether the weight's gradient is wanted in a dtype narrower than its sums.
         uses_kernels: Whether Triton kernels make the tiles; they read whole rows of what is kept.
         workspace: Bytes.
