@@ -103,6 +103,7 @@ class PackLoss:
             beta=objective.beta,
             bias_correction_kl=objective.bias_correction_kl,
         )
+        self.tokens.check(self.options)
 
     @property
     def needs_whole_rows(self) -> bool:

@@ -153,6 +153,13 @@ def test_no_tokens_give_no_metric_but_nan():
     assert math.isnan(metrics["sampling/importance_sampling_ratio/max"])
 
 
+def test_advantages_of_another_dtype_are_named():
+    inputs, _, mask = make_inputs(advantages=torch.zeros(B).double())
+    rows, columns = mask.nonzero(as_tuple=True)
+    with pytest.raises(ValueError, match="weights must be like advantages_N"):
+        PackLoss(rows_N=rows, columns_N=columns, inputs=inputs, weights_B=torch.ones(B), objective=make_objective())
+
+
 @pytest.mark.parametrize("mode", ["token_mask", "sequence_truncate"])
 @pytest.mark.parametrize("missing", [(), ("old_per_token_logps",)], ids=["old", "no old"])
 def test_slopes_of_some_rows_are_the_gradient_of_all(mode, missing):

@@ -19,6 +19,7 @@ from grpo_fast.packing import default_max_tokens, pack_rows
 from grpo_fast.policy import score, score_loss
 from grpo_fast.rollout import unpadded_rows
 from grpo_kernels import PolicyLoss
+from grpo_kernels.rows import joined
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
@@ -135,7 +136,7 @@ class LossTrainer(Trainer):
                 temperature=self.temperature,
                 sequence_lengths=pack.row_lengths if parts.needs_whole_rows else None,
             )
-        return value, parts.stats(logps, entropies, PolicyLoss.joined(terms))
+        return value, parts.stats(logps, entropies, joined(terms))
 
     def _graphed(self, model: nn.Module, pack: Pack, parts: PackLoss) -> tuple[Tensor, Stats]:
         with self.accelerator.autocast():

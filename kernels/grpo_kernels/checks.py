@@ -60,7 +60,7 @@ def check_share(**values: float) -> None:
     """Refuse numbers outside (0, 1]."""
     for name, value in values.items():
         if not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+            raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
 def check_lengths(N: int, *, sequence_lengths: Sequence[int] | None) -> None:

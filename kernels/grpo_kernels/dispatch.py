@@ -21,30 +21,35 @@ IMPLS = ("auto", "triton", "torch", "reference")
 logger = logging.getLogger(__name__)
 
 
-def choose_impl(impl: str, *, operand: torch.dtype, device: torch.device) -> str:
+def choose_impl(impl: str, *, operand: torch.dtype, device: torch.device, candidate: str | None = None) -> str:
     """Resolve "auto", and refuse what cannot run here.
 
     Raises:
         ValueError: If `impl` is unknown, or is "triton" without Triton, for float64, or on a CPU that does not
-            interpret it.
+            interpret it; if `candidate` is given and something else than Triton runs.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    if impl == "auto":
-        if device.type != "cuda" or operand == torch.float64:
-            return "torch"
-        if not has_triton():
-            _announce_torch()
-            return "torch"
-        return "triton"
-    if impl == "triton":
+    chosen = _automatic(operand, device) if impl == "auto" else impl
+    if candidate is not None and chosen != "triton":
+        raise ValueError(f"candidate is read by impl='triton' only, but candidate={candidate!r} came with {chosen!r}")
+    if chosen == "triton":
         if not has_triton():
             raise ValueError("impl='triton' needs the package triton, which is not installed")
         if operand == torch.float64:
             raise ValueError("impl='triton' needs float32, bfloat16 or float16 operands, got float64")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"impl='triton' needs a CUDA device, or TRITON_INTERPRET=1 on a CPU, got {device}")
-    return impl
+    return chosen
+
+
+def _automatic(operand: torch.dtype, device: torch.device) -> str:
+    if device.type != "cuda" or operand == torch.float64:
+        return "torch"
+    if not has_triton():
+        _announce_torch()
+        return "torch"
+    return "triton"
 
 
 def make_operands(

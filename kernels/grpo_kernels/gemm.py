@@ -1,7 +1,7 @@
 """Tile products whose half-precision operands are multiplied exactly and summed in fp32.
 
 CUDA multiplies half operands and returns fp32. The CPU has no such product: there the operands are widened to fp32,
-and bf16 values are multiplied by the processor's bf16 instructions with fp32 sums where it has them.
+and oneDNN may multiply bf16 values by bf16 instructions with fp32 sums (it does with AMX, and in fp32 elsewhere).
 fp32 products on a CPU are oneDNN's where torch has it: torch's own choice, MKL, is half as fast on AMD processors.
 """
 

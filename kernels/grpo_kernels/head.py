@@ -1,17 +1,18 @@
 """The arithmetic of one head: from products to logits, from logits to row sums, from row sums to coefficients.
 
-Everything here works on one tile or on [N] vectors; the loops over tiles are in `linear_logps`.
+Everything here works on one tile or on [N] vectors; the loops over tiles are in `sweeps`.
 The formulas are derived in kernels/README.md, "The anchored softmax".
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from grpo_kernels.checks import check_head, check_positive, check_temperature, operand_dtype
+from grpo_kernels.rows import cut
 
 # a row's offset follows its largest logit only past this distance: exponentials stay below e**30, their sum finite
 MAX_EXPONENT = 30.0
@@ -28,6 +29,24 @@ class Head:
     temperature: float | Tensor
     softcap: float | None
     logit_scale: float
+
+    @staticmethod
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        *,
+        temperature: float | Tensor,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> Head:
+        """The head of a call's arguments; ValueError for what does not fit."""
+        check_head(hidden, weight, targets, bias)
+        check_positive(softcap=softcap, logit_scale=logit_scale)
+        operand = operand_dtype(hidden, weight, bias)
+        temperature = check_temperature(temperature, targets.numel(), operand=operand, device=hidden.device)
+        return Head(operand, temperature, softcap, logit_scale)
 
     def at(self, rows: slice) -> Head:
         """The head of these rows."""
@@ -85,8 +104,7 @@ class RowSums:
 
     def at(self, rows: slice) -> RowSums:
         """Views of these rows' sums."""
-        U = None if self.U is None else self.U[rows]
-        return RowSums(anchor=self.anchor[rows], offset=self.offset[rows], S=self.S[rows], U=U)
+        return cut(self, rows)
 
     def add_tile(self, logits: Tensor, exps: Tensor, columns: slice, targets: Tensor) -> None:
         """Add a tile's columns; writes its exponentials into `exps`, 0 at the targets, and overwrites the logits."""
@@ -165,24 +183,9 @@ class Slopes:
         """The slopes of the log-probs themselves."""
         return Slopes.of(head, sums, None, torch.ones_like(sums.S), None)
 
-    @staticmethod
-    def joined(parts: Sequence[Slopes]) -> Slopes:
-        """The slopes of all rows from those of some after the other; at least one part."""
-
-        def join(name: str) -> Any:
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else torch.cat(values)
-
-        return Slopes(**{name: join(name) for name in ("scale", "at_target", "constant", "at_entropy")})
-
     def at(self, rows: slice) -> Slopes:
         """These rows' slopes."""
-        return Slopes(
-            scale=self.scale[rows],
-            at_target=self.at_target[rows],
-            constant=None if self.constant is None else self.constant[rows],
-            at_entropy=None if self.at_entropy is None else self.at_entropy[rows],
-        )
+        return cut(self, rows)
 
     def coefficients_(self, head: Head, logits: Tensor, offset: Tensor) -> Tensor:
         """A tile's coefficients from its logits, in their memory; the targets' elements are not `at_target` yet."""

@@ -102,7 +102,8 @@ RIVALS = {
     ),
 }
 
-# upper ends of the classes of D; on an H200 "fused" wins above 559, 597 and 665 TFLOP/s at D = 1536, 2048 and 4096
+# upper ends of the classes of D; by arithmetic, nothing measured, "fused" wins on an H200 above 559, 597 and 665
+# TFLOP/s at D = 1536, 2048 and 4096
 D_CLASSES = {"narrow": 1792, "middle": 3072, "wide": 1 << 30}
 
 # "tile" until both are measured

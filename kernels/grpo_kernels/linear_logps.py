@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import reference
-from grpo_kernels.checks import check_head, check_positive, check_temperature, operand_dtype
+from grpo_kernels.checks import check_positive
 from grpo_kernels.dispatch import choose_impl, exactly_on, make_operands
 from grpo_kernels.first_order import first_order
 from grpo_kernels.head import Head, RowSums, Slopes
@@ -150,39 +150,38 @@ def linear_logps(
             of range, `impl` is unknown or cannot run here, or a target lies outside the vocabulary (on an accelerator
             that is looked for only under TRITON_DEBUG=1, since it waits for the device).
     """
-    check_head(hidden_ND, weight_VD, targets_N, bias)
-    check_positive(softcap=softcap, logit_scale=logit_scale, workspace_mib=workspace_mib)
-    N, D = hidden_ND.shape
-    operand = operand_dtype(hidden_ND, weight_VD, bias)
-    temperature = check_temperature(temperature, N, operand=operand, device=hidden_ND.device)
-    impl = choose_impl(impl, operand=operand, device=hidden_ND.device)
+    head = Head.of(
+        hidden_ND, weight_VD, targets_N, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    check_positive(workspace_mib=workspace_mib)
+    impl = choose_impl(impl, operand=head.operand, device=hidden_ND.device, candidate=candidate)
     if impl == "reference":
         return reference.linear_logps(
             hidden_ND,
             weight_VD,
             targets_N,
             bias=bias,
-            temperature=temperature,
+            temperature=head.temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             return_entropy=return_entropy,
         )
     # kernels read these element by element
     targets_N, bias = targets_N.contiguous(), None if bias is None else bias.contiguous()
-    head = Head(operand, temperature, softcap, logit_scale)
     has_backward = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden_ND, weight_VD, bias)
     )
     trains_head = has_backward and (weight_VD.requires_grad or (bias is not None and bias.requires_grad))
     request = Request(
-        operand=operand,
+        operand=head.operand,
         device=hidden_ND.device,
         keeps="all" if trains_head else "none",
-        casts_weight=weight_VD.dtype != narrow_dtype(operand, hidden_ND.device),
+        casts_weight=weight_VD.dtype != narrow_dtype(head.operand, hidden_ND.device),
         rounds_weight_grad=has_backward and weight_VD.requires_grad and weight_VD.dtype.itemsize < head.wide.itemsize,
         uses_kernels=impl == "triton",
         workspace=workspace_mib << 20,
     )
+    N, D = hidden_ND.shape
     plan = make_plan(N, D, weight_VD.shape[0], request)
     logps_N, entropy_N = _LinearLogps.apply(
         hidden_ND, weight_VD, bias, targets_N, head, plan, impl, candidate, return_entropy, has_backward

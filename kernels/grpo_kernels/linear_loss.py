@@ -12,20 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels.checks import (
-    check_head,
-    check_lengths,
-    check_positive,
-    check_temperature,
-    check_weight_grad,
-    operand_dtype,
-)
+from grpo_kernels.checks import check_lengths, check_positive, check_weight_grad
 from grpo_kernels.dispatch import choose_impl, exactly_on, has_triton, make_operands
 from grpo_kernels.first_order import first_order
 from grpo_kernels.head import Head, RowSums, Slopes
 from grpo_kernels.operands import Block, Operands
 from grpo_kernels.policy_terms import PolicyLoss
 from grpo_kernels.reference import LinearPolicyLoss
+from grpo_kernels.rows import joined
 from grpo_kernels.sweeps import Gradients, forward_sweep, gradient_sweep, weight_sweep
 from grpo_kernels.tiles import Kept, Request, make_plan, narrow_dtype, within
 
@@ -64,8 +58,8 @@ class _Sweep:
         logps, entropies, terms = zip(*(self._group(group) for group in groups), strict=True)
         if self.gradients is not None and self.gradients.weight is not None and not self.plan.sums_weight:
             everything = self.operands.all_rows(self.targets, self.sums)
-            weight_sweep(self.operands, everything, Slopes.joined(self.slopes), self.gradients)
-        return torch.cat(logps), torch.cat(entropies), PolicyLoss.joined(terms)
+            weight_sweep(self.operands, everything, joined(self.slopes), self.gradients)
+        return torch.cat(logps), torch.cat(entropies), joined(terms)
 
     def _group(self, group: slice) -> tuple[Tensor, Tensor, PolicyLoss]:
         blocks = list(self.plan.blocks(group))
@@ -212,15 +206,14 @@ def linear_loss(
         ValueError: As `linear_policy_loss`.
         RuntimeError: If `backward()` runs twice.
     """
-    check_head(hidden_ND, weight_VD, targets_N, bias)
-    check_positive(softcap=softcap, logit_scale=logit_scale, workspace_mib=workspace_mib)
+    head = Head.of(
+        hidden_ND, weight_VD, targets_N, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
+    check_positive(workspace_mib=workspace_mib)
     N, D = hidden_ND.shape
     check_lengths(N, sequence_lengths=sequence_lengths)
-    operand = operand_dtype(hidden_ND, weight_VD, bias)
-    temperature = check_temperature(temperature, N, operand=operand, device=hidden_ND.device)
     # kernels read these element by element
     targets_N, bias = targets_N.contiguous(), None if bias is None else bias.contiguous()
-    head = Head(operand, temperature, softcap, logit_scale)
     has_grad = torch.is_grad_enabled()
     needs = (
         has_grad and hidden_ND.requires_grad,
@@ -228,7 +221,7 @@ def linear_loss(
         has_grad and bias is not None and bias.requires_grad,
     )
     check_weight_grad(weight_grad, weight_VD, is_wanted=needs[1])
-    impl = choose_impl(impl, operand=operand, device=hidden_ND.device)
+    impl = choose_impl(impl, operand=head.operand, device=hidden_ND.device, candidate=candidate)
     if impl == "reference":
         raise ValueError("impl='reference' has no sweep: it is linear_policy_loss's and linear_logps's")
     grad_dtype = weight_VD.dtype if weight_grad is None else weight_grad.dtype
@@ -236,11 +229,11 @@ def linear_loss(
     # kept exponentials hold the soft cap's slope, and then their logarithms are not the exponents
     can_keep = softcap is None or not has_entropy_slope
     request = Request(
-        operand=operand,
+        operand=head.operand,
         device=hidden_ND.device,
         keeps="block" if needs_products and can_keep else "none",
         keeps_wide=has_entropy_slope,
-        casts_weight=weight_VD.dtype != narrow_dtype(operand, hidden_ND.device),
+        casts_weight=weight_VD.dtype != narrow_dtype(head.operand, hidden_ND.device),
         rounds_weight_grad=needs[1] and grad_dtype.itemsize < head.wide.itemsize,
         uses_kernels=impl == "triton",
         workspace=workspace_mib << 20,

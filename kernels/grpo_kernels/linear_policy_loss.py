@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import reference
-from grpo_kernels.checks import check_device, check_head, check_share, describe, operand_dtype
+from grpo_kernels.checks import check_device, check_share, describe
 from grpo_kernels.dispatch import choose_impl
+from grpo_kernels.head import Head
 from grpo_kernels.linear_loss import linear_loss
 from grpo_kernels.normalisers import entropy_quantile
 from grpo_kernels.options import PolicyOptions, Tokens
@@ -152,13 +153,13 @@ def linear_policy_loss(
         entropy_weights=entropy_weights,
         entropy_threshold=entropy_threshold,
     )
-    check_head(hidden_ND, weight_VD, targets_N, bias)
+    head = Head.of(
+        hidden_ND, weight_VD, targets_N, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+    )
     check_share(top_entropy_quantile=top_entropy_quantile)
-    operand = operand_dtype(hidden_ND, weight_VD, bias)
-    wide = torch.promote_types(operand, torch.float32)
-    if advantages_N.shape != targets_N.shape or advantages_N.dtype != wide:
+    if advantages_N.shape != targets_N.shape or advantages_N.dtype != head.wide:
         raise ValueError(
-            f"advantages_N must be [{targets_N.numel()}] {wide} like the log-probs, got {describe(advantages_N)}"
+            f"advantages_N must be [{targets_N.numel()}] {head.wide} like the log-probs, got {describe(advantages_N)}"
         )
     check_device(hidden_ND=hidden_ND, advantages_N=advantages_N)
     tokens.check(options)
@@ -166,8 +167,10 @@ def linear_policy_loss(
         raise ValueError(
             f"entropy_threshold and top_entropy_quantile={top_entropy_quantile} exclude each other, both were given"
         )
-    impl = choose_impl(impl, operand=operand, device=hidden_ND.device)
+    impl = choose_impl(impl, operand=head.operand, device=hidden_ND.device, candidate=candidate)
     if impl == "reference":
+        if weight_grad is not None:
+            raise ValueError("weight_grad is not read by impl='reference', whose gradients are autograd's")
         return reference.run_linear_policy_loss(
             hidden_ND,
             weight_VD,
@@ -175,7 +178,7 @@ def linear_policy_loss(
             tokens,
             options,
             bias=bias,
-            temperature=temperature,
+            temperature=head.temperature,
             softcap=softcap,
             logit_scale=logit_scale,
             top_entropy_quantile=top_entropy_quantile,

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_kernels.checks import check_share
 from grpo_kernels.options import LOSS_TYPES
 
 # torch.quantile takes no more values
@@ -82,8 +83,7 @@ def entropy_quantile(entropies: Tensor, top_entropy_quantile: float) -> Tensor:
     Raises:
         ValueError: If the share is out of range.
     """
-    if not 0 < top_entropy_quantile <= 1:
-        raise ValueError(f"top_entropy_quantile must be in (0, 1], got {top_entropy_quantile}")
+    check_share(top_entropy_quantile=top_entropy_quantile)
     values = entropies.detach().flatten()
     if values.numel() == 0:
         return values.new_full((), math.inf)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.checks import check_device, check_positive, check_tokens, describe
+from grpo_kernels.rows import cut
 
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED_LOSSES, "cispo", "sapo", "vespo")
@@ -146,12 +147,7 @@ class Tokens:
 
     def rows(self, rows: slice) -> Tokens:
         """The tokens of a slice; views."""
-
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None or tensor.ndim == 0 else tensor[rows]
-
-        cuts = {field.name: cut(getattr(self, field.name)) for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: tensor for name, tensor in cuts.items() if tensor is not None})
+        return cut(self, rows)
 
     @property
     def needs_entropies(self) -> bool:

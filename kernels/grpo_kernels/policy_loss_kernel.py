@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_kernels.dispatch import exactly_on
 from grpo_kernels.first_order import first_order
 from grpo_kernels.options import LEVELS, MAX_LOG_WEIGHT, MIN_LOG_WEIGHT, PolicyOptions, Tokens
 from grpo_kernels.policy_terms import PolicyLoss
@@ -270,15 +271,16 @@ def launch_policy_loss(
         low, high = 1 - options.epsilon_low, 1 + options.epsilon_high
     elif options.loss_type == "cispo":
         high = options.epsilon_high
-    _policy_loss_kernel[(num_programs,)](
-        *inputs, offsets, out.loss, out.slope, out.entropy_slope, out.ratio, out.kl,
-        out.is_low_clipped.view(torch.uint8), out.is_high_clipped.view(torch.uint8), out.phi,
-        N, low, high, math.inf if options.delta is None else options.delta, options.beta,
-        options.sapo_temperature_pos, options.sapo_temperature_neg,
-        options.vespo_k_pos, options.vespo_lambda_pos, options.vespo_k_neg, options.vespo_lambda_neg,
-        options.off_policy_mask_threshold or 0.0,
-        **_constexprs(options, slopes_only), num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with exactly_on(logps_N.device):
+        _policy_loss_kernel[(num_programs,)](
+            *inputs, offsets, out.loss, out.slope, out.entropy_slope, out.ratio, out.kl,
+            out.is_low_clipped.view(torch.uint8), out.is_high_clipped.view(torch.uint8), out.phi,
+            N, low, high, math.inf if options.delta is None else options.delta, options.beta,
+            options.sapo_temperature_pos, options.sapo_temperature_neg,
+            options.vespo_k_pos, options.vespo_lambda_pos, options.vespo_k_neg, options.vespo_lambda_neg,
+            options.off_policy_mask_threshold or 0.0,
+            **_constexprs(options, slopes_only), num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out
 
 

@@ -11,9 +11,7 @@ Source: GRPO, DeepSeekMath (arXiv:2402.03300); clip-higher, DAPO (arXiv:2503.144
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,16 +74,6 @@ class PolicyLoss:
     is_low_clipped: Tensor
     is_high_clipped: Tensor
     phi: Tensor | None
-
-    @staticmethod
-    def joined(parts: Sequence[PolicyLoss]) -> PolicyLoss:
-        """The terms of all tokens from those of some after the other; at least one part."""
-
-        def join(name: str) -> Any:
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else torch.cat(values)
-
-        return PolicyLoss(**{field.name: join(field.name) for field in dataclasses.fields(PolicyLoss)})
 
     def totals(self) -> PolicyTotals:
         """Sums and extremes over the tokens, like `ratio` in dtype."""

@@ -108,7 +108,7 @@ def gradient_sweep(
         kept: The block's exponentials; without them logits are computed once more.
     """
     plan, narrow = operands.plan, operands.narrow
-    needs_weight = gradients.weight is not None and (plan.sums_weight or plan.block >= plan.N)
+    needs_weight = gradients.weight is not None and plan.sums_weight
     if gradients.hidden is None and gradients.bias is None and not needs_weight:
         return
     coefficients = None if kept is None else operands.kept_coefficients(kept, block, slopes)

@@ -1,14 +1,11 @@
 """What the two head ops allocate and multiply: never the logits, never beyond their workspace, no hidden product."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import linear_logps, linear_policy_loss
-from grpo_kernels.tiles import make_plan
 from tests.allocations import Allocations
 
 MIB = 2**20
@@ -79,21 +76,6 @@ def count(run, head, **options):
         run(*head, **options)
     hidden, weight, _ = head
     return counter.get_total_flops() / (hidden.numel() * weight.shape[0])
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    """The plans of the calls made since."""
-    made = []
-
-    def record(*args, **kwargs):
-        made.append(make_plan(*args, **kwargs))
-        return made[-1]
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("grpo_kernels.") and getattr(module, "make_plan", None) is make_plan:
-            monkeypatch.setattr(module, "make_plan", record)
-    return made
 
 
 def test_the_watch_sees_materialised_logits():

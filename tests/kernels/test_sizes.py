@@ -3,13 +3,10 @@
 Triton's kernels are run by its interpreter, at small sizes.
 """
 
-import sys
-
 import pytest
 import torch
 
 from grpo_kernels import linear_logps, linear_policy_loss, reference
-from grpo_kernels.tiles import make_plan
 from tests.heads import KERNEL_DEVICE, make_head, placed, relative_rms, to_float64
 
 # fp32 sums of up to 262,144 terms, and products of up to 8,192, against float64
@@ -98,21 +95,6 @@ def assert_matches_float64(run, inputs, how, **options):
         assert grads[name].shape == inputs[name].shape
         assert grads[name].dtype == inputs[name].dtype
         assert relative_rms(grads[name], expected) <= at_grads * scale, name
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    """The plans of the calls made since."""
-    made = []
-
-    def record(*args, **kwargs):
-        made.append(make_plan(*args, **kwargs))
-        return made[-1]
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("grpo_kernels.") and getattr(module, "make_plan", None) is make_plan:
-            monkeypatch.setattr(module, "make_plan", record)
-    return made
 
 
 # many columns, wide rows, one of either; 50260 is no multiple of 8
