@@ -1,39 +1,20 @@
 """`GRPOConfig`: TRL 1.16's fields, names and defaults, on `transformers.TrainingArguments`, plus ours at the end.
 
-Source of the names and defaults: TRL 1.16 `GRPOConfig`. A TRL field whose feature is not there yet is kept, and refused
-by name when it is set to anything but its default (`UNSUPPORTED`), so that no setting is silently ignored.
+Source of the names and defaults: TRL 1.16 `GRPOConfig`. What the settings alone show to be wrong is refused here
+(`grpo_fast.config_checks`), also where TRL notices only in its trainer or at the first loss.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-IS_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-
-# field -> why it is refused; a field is refused when its value differs from the default
-UNSUPPORTED = {
-    "router_aux_loss_coef": "the auxiliary loss of mixture-of-experts models is not computed",
-    "cast_lm_head_to_fp32": "the fused head accumulates logits in fp32 whatever the weight's dtype",
-    "importance_sampling_level": "importance ratios are per token",
-    "sync_ref_model": "the reference model stays the initial policy",
-    "top_entropy_quantile": "every completion token enters the loss",
-    "entropy_coef": "there is no entropy bonus",
-    "use_adaptive_entropy": "there is no entropy bonus",
-    "off_policy_mask_threshold": "off-policy sequences are not masked",
-    "max_tool_calling_iterations": "tools are not called",
-    "use_transformers_continuous_batching": "use_vllm=True is the fast engine",
-    "transformers_continuous_batching_config": "use_vllm=True is the fast engine",
-    "use_transformers_paged": "use_vllm=True is the fast engine",
-    "vllm_enable_sleep_mode": "the engine keeps its memory during training",
-    "vllm_structured_outputs_regex": "completions are not constrained",
-    "log_completions_hub_repo": "completions are written to output_dir/completions",
-    "use_liger_kernel": "the fused head takes the place of Liger's",
-}
+from grpo_fast import config_checks
+from grpo_fast.config_checks import IS_MODES, LOSS_TYPES
+from grpo_fast.legacy import LegacyArguments, replace_legacy_arguments
 
 
 def _help(text: str, default: Any) -> Any:
@@ -42,25 +23,28 @@ def _help(text: str, default: Any) -> Any:
 
 
 @dataclass
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(LegacyArguments, TrainingArguments):
     """Settings of `GRPOTrainer`: a flat dataclass that `HfArgumentParser` and `TrlParser` can fill.
 
-    Every field of `transformers.TrainingArguments` is here too. Sizes are counted in completions, as in TRL:
-    `per_device_train_batch_size=8` with `num_generations=8` is one prompt a device.
+    Every field of `transformers.TrainingArguments` is here too, and arguments that TRL or transformers once had
+    (`grpo_fast.legacy`). Sizes are counted in completions, as in TRL: `per_device_train_batch_size=8` with
+    `num_generations=8` is one prompt a device.
 
     Raises:
-        ValueError: If sizes do not divide, a choice is unknown, a bound is out of range, or a TRL field that is not
-            supported here is set. The message names the field, what was needed and what came.
+        ValueError: If sizes do not divide, a choice is unknown, a bound is out of range, settings contradict each
+            other, or ask for vLLM's server or sleep mode, which are not supported. The message names the field, what
+            was needed and what came.
     """
 
-    _VALID_DICT_FIELDS = (
+    # a list, as in TRL: subclasses add theirs to it
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "transformers_continuous_batching_config",
         "generation_kwargs",
         "chat_template_kwargs",
         "vllm_engine_kwargs",
-    )
+    ]
 
     # defaults that differ from TrainingArguments, as in TRL
     learning_rate: float = _help("The initial learning rate.", 1e-6)
@@ -72,7 +56,9 @@ class GRPOConfig(TrainingArguments):
     # model and reference
     model_init_kwargs: dict[str, Any] | str | None = _help("Arguments of from_pretrained when model is a string.", None)
     trust_remote_code: bool = _help("Allow code that comes with the model.", False)
-    router_aux_loss_coef: float | None = _help("Weight of the router's auxiliary loss.", None)
+    router_aux_loss_coef: float | None = _help(
+        "Mixture of experts: weight of the auxiliary loss; None is the model's.", None
+    )
     disable_dropout: bool = _help("Set every dropout probability of the policy and the reference to 0.", False)
     cast_lm_head_to_fp32: bool = _help("Keep the LM head in fp32.", False)
 
@@ -81,8 +67,10 @@ class GRPOConfig(TrainingArguments):
     num_generations_eval: int | None = _help("Completions a prompt in evaluation; None means num_generations.", None)
     max_completion_length: int = _help("Most new tokens of a completion.", 512)
     ds3_gather_for_generation: bool = _help("DeepSpeed ZeRO-3: gather the whole model to generate.", True)
-    shuffle_dataset: bool = _help("Shuffle the prompts.", True)
-    pad_to_multiple_of: int | str | None = _help("Pad the id tensors to a multiple of this; 'auto' is None.", "auto")
+    shuffle_dataset: bool | None = _help("Shuffle the prompts.", True)
+    pad_to_multiple_of: int | str | None = _help(
+        "Pad the id tensors to a multiple of this; 'auto' is 128 on Neuron, else none.", "auto"
+    )
     generation_batch_size: int | None = _help("Completions generated at a time, over all devices.", None)
     steps_per_generation: int | None = _help(
         "Micro-batches a generation serves; None means gradient_accumulation_steps.", None
@@ -121,20 +109,22 @@ class GRPOConfig(TrainingArguments):
     num_iterations: int = _help("Passes over each generation batch (mu).", 1)
     epsilon: float = _help("The importance ratio is clipped below at 1 - epsilon.", 0.2)
     delta: float | None = _help("Upper bound of the unclipped ratio (two-sided clip).", None)
-    epsilon_high: float | None = _help("The ratio is clipped above at 1 + epsilon_high; None means epsilon.", None)
+    epsilon_high: float | None = _help(
+        "The ratio is clipped above at 1 + epsilon_high (cispo: at epsilon_high); None means epsilon.", None
+    )
     sapo_temperature_neg: float = _help("loss_type='sapo': temperature for negative advantages.", 1.05)
     sapo_temperature_pos: float = _help("loss_type='sapo': temperature for positive advantages.", 1.0)
     vespo_k_pos: float = _help("loss_type='vespo': k for positive advantages.", 2.0)
     vespo_lambda_pos: float = _help("loss_type='vespo': lambda for positive advantages.", 3.0)
     vespo_k_neg: float = _help("loss_type='vespo': k for negative advantages.", 3.0)
     vespo_lambda_neg: float = _help("loss_type='vespo': lambda for negative advantages.", 2.0)
-    importance_sampling_level: str = _help("'token': one importance ratio a token.", "token")
+    importance_sampling_level: str = _help("One importance ratio a 'token', or one a 'sequence' (GSPO).", "token")
     reward_weights: list[float] | None = _help("One weight a reward function; None means 1.", None)
     multi_objective_aggregation: str = _help(
         "'sum_then_normalize' or 'normalize_then_sum' (GDPO).", "sum_then_normalize"
     )
     scale_rewards: str = _help("Divide advantages by the std of the 'group', the 'batch', or 'none'.", "group")
-    loss_type: str = _help(f"How token losses are averaged: one of {', '.join(LOSS_TYPES)}.", "dapo")
+    loss_type: str = _help(f"One of {', '.join(LOSS_TYPES)}.", "dapo")
     mask_truncated_completions: bool = _help("Leave completions without an end token out of the loss.", False)
     sync_ref_model: bool = _help("Move the reference towards the policy.", False)
     ref_model_mixup_alpha: float = _help("sync_ref_model: share of the policy in the mix.", 0.6)
@@ -146,14 +136,18 @@ class GRPOConfig(TrainingArguments):
     entropy_coef_max: float = _help("use_adaptive_entropy: greatest entropy_coef.", 1.0)
     entropy_coef_delta: float = _help("use_adaptive_entropy: step of entropy_coef.", 0.005)
     entropy_target: float = _help("use_adaptive_entropy: target entropy.", 0.2)
-    max_tool_calling_iterations: int | None = _help("Most rounds of tool calls a completion.", None)
+    max_tool_calling_iterations: int | None = _help(
+        "Most rounds of tool calls a completion; None means no limit.", None
+    )
     vllm_importance_sampling_correction: bool = _help(
         "Weight the policy loss by trainer's over sampler's probability.", True
     )
     vllm_importance_sampling_mode: str = _help(f"One of {', '.join(IS_MODES)}.", "sequence_mask")
     vllm_importance_sampling_clip_max: float | None = _help("Upper bound of the importance weight.", 3.0)
     vllm_importance_sampling_clip_min: float | None = _help("Lower bound of the importance weight.", None)
-    off_policy_mask_threshold: float | None = _help("Mask sequences further off-policy than this.", None)
+    off_policy_mask_threshold: float | None = _help(
+        "Leave sequences of negative advantage further off-policy than this out of the loss.", None
+    )
     use_bias_correction_kl: bool = _help("Multiply the KL term by the importance ratio.", True)
 
     # logging
@@ -161,7 +155,9 @@ class GRPOConfig(TrainingArguments):
     log_multimodal: bool = _help("Log images beside completions.", True)
     num_completions_to_print: int | None = _help("Completions to print; None means all.", None)
     log_unique_prompts: bool = _help("Weights & Biases, trackio: log a prompt once.", False)
-    log_completions_hub_repo: str | None = _help("Hub repository for the completions.", None)
+    log_completions_hub_repo: str | None = _help(
+        "Hub data set the completions are uploaded to; needs log_completions.", None
+    )
 
     # deprecated in TRL 1.16
     vllm_importance_sampling_cap: float | None = _help("Deprecated: vllm_importance_sampling_clip_max.", None)
@@ -177,50 +173,77 @@ class GRPOConfig(TrainingArguments):
     vllm_engine_kwargs: dict[str, Any] | str | None = _help("More arguments of vLLM's LLM(...).", None)
 
     def __post_init__(self) -> None:
-        """Fill derived values, then check everything that can be checked without data or a model."""
+        """Fill derived values, and check everything that can be checked without data or a model."""
+        replace_legacy_arguments(self)
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
         super().__post_init__()
+        self._replace_deprecated()
         self._normalise_spellings()
+        config_checks.check_supported(self)
+        config_checks.check_values(self)
         self._derive_batch_sizes()
-        self._check_supported()
-        self._check_ranges()
-        self._check_importance_sampling()
+        config_checks.check_combinations(self)
+        if self.should_log:
+            config_checks.warn_of_doubtful_settings(self)
+
+    def _replace_deprecated(self) -> None:
+        """Fields that TRL 1.16 has and deprecates, with its meaning."""
+        advice = {
+            "use_liger_kernel": 'use model_init_kwargs={"use_kernels": True}; the fused LM head is always on',
+            "use_transformers_paged": "use use_transformers_continuous_batching",
+            "vllm_importance_sampling_cap": "use vllm_importance_sampling_clip_max",
+        }
+        given = [f"{name} ({text})" for name, text in advice.items() if getattr(self, name) not in (None, False)]
+        if given:
+            warnings.warn(f"deprecated arguments: {', '.join(given)}", FutureWarning, stacklevel=4)
+        if self.use_transformers_paged:
+            self.use_transformers_continuous_batching = True
+        if self.vllm_importance_sampling_cap is not None:
+            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
+        if self.use_liger_kernel:
+            # True is refused below
+            defaults = {"fused_linear_cross_entropy": False}
+            self.liger_kernel_config: dict[str, bool] = defaults | (self.liger_kernel_config or {})
 
     def _normalise_spellings(self) -> None:
-        if isinstance(self.pad_to_multiple_of, str):
-            absent = self.pad_to_multiple_of.lower() in ("auto", "none", "null")
-            self.pad_to_multiple_of = None if absent else int(self.pad_to_multiple_of)
-        scale_rewards: dict[Any, str] = {True: "group", False: "none"}
-        self.scale_rewards = scale_rewards.get(self.scale_rewards, self.scale_rewards)
-        share_prompts: dict[Any, str] = {True: "always", False: "never"}
-        self.share_prompts = share_prompts.get(self.share_prompts, self.share_prompts)
-        if self.vllm_importance_sampling_cap is not None:
-            warnings.warn(
-                "vllm_importance_sampling_cap is deprecated, use vllm_importance_sampling_clip_max",
-                FutureWarning,
-                stacklevel=4,
-            )
-            self.vllm_importance_sampling_clip_max = self.vllm_importance_sampling_cap
+        """Values that the command line gives as text, and values that mean the same."""
+        self.scale_rewards = _spelled_out(self.scale_rewards, true="group", false="none")
+        self.share_prompts = _spelled_out(self.share_prompts, true="always", false="never")
+        if self.top_k == -1:
+            # vLLM's other spelling of the whole vocabulary, which transformers' generate does not know
+            self.top_k = 0
+        multiple = self.pad_to_multiple_of
+        if not isinstance(multiple, str):
+            return
+        if multiple.lower() == "auto":
+            # Neuron compiles anew for every shape
+            self.pad_to_multiple_of = 128 if self.device.type == "neuron" else None
+        elif multiple.lower() in ("none", "null"):
+            self.pad_to_multiple_of = None
+        elif multiple.isdecimal():
+            self.pad_to_multiple_of = int(multiple)
+        else:
+            raise ValueError(f"pad_to_multiple_of must be a whole number, 'auto' or 'none'; it is {multiple!r}")
 
     def _derive_batch_sizes(self) -> None:
-        if self.num_generations < 2:
-            raise ValueError(
-                "num_generations must be at least 2, to compare completions of one prompt; it is "
-                f"{self.num_generations}"
-            )
-        if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ValueError("set generation_batch_size or steps_per_generation, not both: one follows from the other")
+        """Fill generation_batch_size and steps_per_generation; TRL refuses both together even where they agree."""
         step = self.per_device_train_batch_size * self.world_size
         if self.generation_batch_size is None:
-            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            if self.steps_per_generation is None:
+                self.steps_per_generation = self.gradient_accumulation_steps
             self.generation_batch_size = step * self.steps_per_generation
-        elif self.generation_batch_size % step:
+        if self.generation_batch_size % step:
             raise ValueError(
                 f"generation_batch_size must be divisible by the global batch size "
                 f"(per_device_train_batch_size x processes = {step}); it is {self.generation_batch_size}"
             )
-        else:
-            self.steps_per_generation = self.generation_batch_size // step
+        steps = self.generation_batch_size // step
+        if self.steps_per_generation not in (None, steps):
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size} means {steps} steps_per_generation; "
+                f"{self.steps_per_generation} was given: set one of them, not both"
+            )
+        self.steps_per_generation = steps
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
                 "generation_batch_size (per_device_train_batch_size x processes x steps_per_generation = "
@@ -235,73 +258,14 @@ class GRPOConfig(TrainingArguments):
                 f"in evaluation ({generations_eval})"
             )
 
-    def _check_supported(self) -> None:
-        defaults = {f.name: f.default for f in fields(self)}
-        for name, reason in UNSUPPORTED.items():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported ({reason}); leave it at {defaults[name]!r}"
-                )
-        if self.vllm_mode != "colocate":
-            raise ValueError(f"vllm_mode must be 'colocate', the only mode supported; it is {self.vllm_mode!r}")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size=True is not supported: a smaller batch would tear a prompt's completions apart; "
-                "lower per_device_train_batch_size or max_tokens_per_pack instead"
-            )
-        parallelism = self.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("parallelism_config with cp_size > 1 or sp_size > 1 is not supported")
 
-    def _check_ranges(self) -> None:
-        _check_choice("loss_type", self.loss_type, LOSS_TYPES)
-        _check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        _check_choice("share_prompts", self.share_prompts, ("auto", "always", "never"))
-        _check_choice(
-            "multi_objective_aggregation",
-            self.multi_objective_aggregation,
-            ("sum_then_normalize", "normalize_then_sum"),
-        )
-        at_least = {
-            "max_completion_length": (self.max_completion_length, 1),
-            "num_iterations": (self.num_iterations, 1),
-            "steps_per_generation": (self.steps_per_generation, 1),
-            "num_generations_eval": (self.num_generations_eval, 1),
-            "max_tokens_per_pack": (self.max_tokens_per_pack, 1),
-            "beta": (self.beta, 0),
-            "epsilon": (self.epsilon, 0),
-            "epsilon_high": (self.epsilon_high, 0),
-            "top_k": (self.top_k, -1),
-        }
-        for name, (value, least) in at_least.items():
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}; it is {value}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0 to explore; it is {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1]; it is {self.top_p}")
-
-    def _check_importance_sampling(self) -> None:
-        mode = self.vllm_importance_sampling_mode
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        _check_choice("vllm_importance_sampling_mode", mode, IS_MODES)
-        if low is not None and high is not None and low >= high:
-            raise ValueError(
-                f"vllm_importance_sampling_clip_min ({low}) must be below vllm_importance_sampling_clip_max ({high})"
-            )
-        if self.vllm_importance_sampling_correction and mode.endswith("truncate") and low is None and high is None:
-            raise ValueError(
-                f"vllm_importance_sampling_mode={mode!r} needs vllm_importance_sampling_clip_min or "
-                "vllm_importance_sampling_clip_max"
-            )
+def _spelled_out(value: Any, *, true: str, false: str) -> str:
+    """A choice given as a bool, or as the text of one."""
+    text = str(value).lower()
+    return true if text == "true" else false if text == "false" else value
 
 
 def as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
     """A dict field after `TrainingArguments` has parsed it, {} for None."""
     assert not isinstance(value, str), "TrainingArguments parses strings"
     return value or {}
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; it is {value!r}")
