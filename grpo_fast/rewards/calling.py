@@ -6,129 +6,124 @@ import asyncio
 import functools
 import inspect
 import math
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-RewardFunc = Callable[..., Sequence[float | None] | Coroutine[Any, Any, Sequence[float | None]]]
+from grpo_fast.event_loop import run_coroutine
 
 
-class RewardFunctions:
-    """The reward functions of a run, called on one batch at a time.
-
-    Each is called as `func(prompts=..., completions=..., completion_ids=..., **columns)`, every value a list with one
-    entry a completion, and returns one float a completion, or None where it does not apply.
-
-    Args:
-        functions: One function or several: plain, async, `functools.partial`, or objects with `__call__`.
-        weights: One weight a function; None means 1.
+@dataclass(frozen=True, kw_only=True)
+class RewardCall:
+    """What every reward function is called with for one batch.
 
     Attributes:
-        names: Each function's name in the metrics.
-        weights: [functions] fp32.
-
-    Raises:
-        ValueError: If there is no function, one is not callable, or the number of weights differs.
+        rows: Keyword arguments that hold one value a completion: `prompts`, `completions`, `completion_ids` and the
+            data set's columns.
+        shared: Keyword arguments that belong to the batch as a whole, such as `trainer_state`.
+        step: The optimizer step, for error messages.
     """
 
-    def __init__(self, functions: RewardFunc | list[RewardFunc] | None, weights: list[float] | None = None) -> None:
-        self.functions: list[Any] = list(functions) if isinstance(functions, list | tuple) else [functions]
-        if functions is None or not self.functions:
-            raise ValueError("reward_funcs is needed: a function, or a list of functions, that scores completions")
-        for i, function in enumerate(self.functions):
-            if isinstance(function, str | torch.nn.Module):
-                raise ValueError(f"reward_funcs[{i}] is a reward model, which is not supported; pass a function")
-            if not callable(function):
-                raise ValueError(f"reward_funcs[{i}] must be callable, it is {type(function).__name__}")
-        if weights is not None and len(weights) != len(self.functions):
-            raise ValueError(
-                f"reward_weights must have one weight a reward function: {len(self.functions)} functions, "
-                f"{len(weights)} weights"
-            )
-        self.names = [callable_name(function) for function in self.functions]
-        self.weights = torch.tensor(weights or [1.0] * len(self.functions), dtype=torch.float32)
+    rows: Mapping[str, Sequence[Any]]
+    shared: dict[str, Any]
+    step: int
 
-    def __call__(self, *, step: int, num_rows: int, arguments: dict[str, Any], row_arguments: Sequence[str]) -> Tensor:
-        """Score one batch.
+    @property
+    def num_rows(self) -> int:
+        """How many completions there are to score."""
+        return len(self.rows["completions"])
 
-        Args:
-            step: The optimizer step, for error messages.
-            num_rows: Completions in the batch.
-            arguments: Keyword arguments of every function.
-            row_arguments: The names among them that hold one value a completion.
+    def row(self, index: int) -> RewardCall:
+        """The same call for one completion."""
+        rows = {name: [values[index]] for name, values in self.rows.items()}
+        return RewardCall(rows=rows, shared=self.shared, step=self.step)
 
-        Returns:
-            [num_rows, functions] fp32; NaN where a function returned None.
+    def of(self, function: Callable[..., Any]) -> Any:
+        """What `function` returns for this batch."""
+        return function(**{**self.rows, **self.shared})
 
-        Raises:
-            RuntimeError: If a function raises; names the function, the step and, if one row alone raises, the row.
-            ValueError: If a function returns something other than one number or None a completion.
-        """
-        rewards = torch.empty(num_rows, len(self.functions))
-        pending: dict[int, Coroutine[Any, Any, Any]] = {}
-        for i, function in enumerate(self.functions):
-            if is_async(function):
-                pending[i] = self._guarded_async(i, step, arguments, row_arguments)
-            else:
-                rewards[:, i] = self._column(i, self._guarded(i, step, arguments, row_arguments), num_rows)
-        if pending:
-            # a thread of its own: a notebook's thread already runs an event loop
-            with ThreadPoolExecutor(max_workers=1) as executor:
-                results = executor.submit(asyncio.run, _gather(list(pending.values()))).result()
-            for i, values in zip(pending, results, strict=True):
-                rewards[:, i] = self._column(i, values, num_rows)
-        return rewards
 
-    def _guarded(self, i: int, step: int, arguments: dict[str, Any], row_arguments: Sequence[str]) -> Any:
+def call(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
+    """Score a batch with one function.
+
+    Args:
+        function: Takes the keyword arguments of `batch` and returns one number or None a completion.
+        name: What errors call it.
+        batch: The completions.
+
+    Returns:
+        [num_rows] fp32, NaN where the function returned None.
+
+    Raises:
+        RuntimeError: If the function raises; names the function, the step and, if one row alone raises, the row.
+        ValueError: If it returns something other than one number or None a completion.
+    """
+    try:
+        values = batch.of(function)
+    except Exception as error:
+        raise failure(name, batch, error, row=_raising_row(function, batch)) from error
+    return column(values, name, batch.num_rows)
+
+
+async def call_async(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
+    """As `call`, for an async function; an error does not say which row raised."""
+    try:
+        values = await batch.of(function)
+    except Exception as error:
+        raise failure(name, batch, error) from error
+    return column(values, name, batch.num_rows)
+
+
+def gather(coroutines: Sequence[Coroutine[Any, Any, Tensor]]) -> list[Tensor]:
+    """Run coroutines side by side to their end, also where an event loop runs already (a notebook)."""
+
+    async def together() -> list[Tensor]:
+        return list(await asyncio.gather(*coroutines))
+
+    return run_coroutine(together())
+
+
+def failure(name: str, batch: RewardCall, error: Exception, row: int | None = None) -> RuntimeError:
+    """The error to raise for a reward function that raised `error`, on `row` if it is known."""
+    where = "the batch as a whole"
+    if row is not None:
+        where = f"row {row}, completion {batch.rows['completions'][row]!r:.300}"
+    return RuntimeError(
+        f"reward function {name!r} raised {type(error).__name__} at step {batch.step} on {where}: {error}"
+    )
+
+
+def column(values: Any, name: str, num_rows: int) -> Tensor:
+    """What a reward function returned as a column [num_rows] fp32, NaN for None; ValueError as in `call`."""
+    if isinstance(values, Tensor):
+        values = values.flatten().tolist()
+    if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
+        raise ValueError(
+            f"reward function {name!r} must return a list of one number or None a completion, "
+            f"it returned {type(values).__name__} {values!r:.100}"
+        )
+    values = list(values)
+    if len(values) != num_rows:
+        raise ValueError(
+            f"reward function {name!r} must return one value a completion: {num_rows} completions, {len(values)} values"
+        )
+    for row, value in enumerate(values):
+        if isinstance(value, str):
+            raise ValueError(f"reward function {name!r} returned the string {value!r:.100} for row {row}")
+    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float32)
+
+
+def _raising_row(function: Callable[..., Any], batch: RewardCall) -> int | None:
+    """The first row that raises when it is scored alone; the run is ending, so a second call does no harm."""
+    for row in range(batch.num_rows):
         try:
-            return self.functions[i](**arguments)
-        except Exception as error:
-            row = self._raising_row(i, arguments, row_arguments)
-            raise RuntimeError(self._failure(i, step, row, error, arguments)) from error
-
-    async def _guarded_async(self, i: int, step: int, arguments: dict[str, Any], row_arguments: Sequence[str]) -> Any:
-        try:
-            return await self.functions[i](**arguments)
-        except Exception as error:
-            raise RuntimeError(self._failure(i, step, None, error, arguments)) from error
-
-    def _raising_row(self, i: int, arguments: dict[str, Any], row_arguments: Sequence[str]) -> int | None:
-        """The first row that raises when it is scored alone; the run is ending, so a second call does no harm."""
-        for row in range(len(arguments["completions"])):
-            alone = {k: [v[row]] if k in row_arguments else v for k, v in arguments.items()}
-            try:
-                self.functions[i](**alone)
-            except Exception:
-                return row
-        return None
-
-    def _failure(self, i: int, step: int, row: int | None, error: Exception, arguments: dict[str, Any]) -> str:
-        where = "the batch as a whole"
-        if row is not None:
-            where = f"row {row}, completion {arguments['completions'][row]!r:.300}"
-        return f"reward function {self.names[i]!r} raised {type(error).__name__} at step {step} on {where}: {error}"
-
-    def _column(self, i: int, values: Any, num_rows: int) -> Tensor:
-        name = self.names[i]
-        if isinstance(values, str) or not hasattr(values, "__len__"):
-            raise ValueError(
-                f"reward function {name!r} must return a list of one number or None a completion, "
-                f"it returned {type(values).__name__} {values!r:.100}"
-            )
-        if len(values) != num_rows:
-            raise ValueError(
-                f"reward function {name!r} must return one value a completion: {num_rows} completions, "
-                f"{len(values)} values"
-            )
-        column = torch.empty(num_rows)
-        for row, value in enumerate(values):
-            if isinstance(value, str):
-                raise ValueError(f"reward function {name!r} returned the string {value!r:.100} for row {row}")
-            column[row] = math.nan if value is None else float(value)
-        return column
+            batch.row(row).of(function)
+        except Exception:
+            return row
+    return None
 
 
 def callable_name(function: Any) -> str:
@@ -143,7 +138,3 @@ def is_async(function: Any) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - the method is inspected, not tested for
-
-
-async def _gather(coroutines: list[Coroutine[Any, Any, Any]]) -> list[Any]:
-    return list(await asyncio.gather(*coroutines))
