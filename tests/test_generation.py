@@ -1,14 +1,20 @@
 import itertools
+import types
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from accelerate import Accelerator
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, ProcessorMixin
 
+from grpo_fast import GRPOConfig
 from grpo_fast.batch import Sampling
+from grpo_fast.generation import make_engine, unwrap_model_for_generation
 from grpo_fast.generation.base import check_prompts
-from grpo_fast.generation.transformers_engine import TransformersEngine, cut_after
+from grpo_fast.generation.transformers_engine import PaddedBatch, TransformersEngine, cut_after
+from grpo_fast.generation.unwrap import _without_hooks
 from grpo_fast.generation.vllm_engine import request_seed, require_vllm
-from grpo_fast.generation.vllm_weights import named_weights
+from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit
 
 PAD, BOS, EOS, SECOND_EOS = 0, 1, 2, 3
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9, 10, 11, 12], [13]]
@@ -227,3 +233,168 @@ def test_other_adapters_are_refused():
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(ValueError, match="peft_config of type LoraConfig without use_dora"):
         list(named_weights(model))
+
+
+def test_engine_s_own_config_decides_until_it_is_changed():
+    engine = engine_of(tiny_model(), sampling=Sampling(max_tokens=8, temperature=1.5, seed=1))
+    first = engine.generate(PROMPTS).ids
+    assert first == engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=1.5, seed=1)).ids
+    greedy = engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=0)).ids
+    assert first != greedy
+    engine.generation_config.top_k = 1
+    assert engine.generate(PROMPTS).ids == greedy
+    engine.generation_config.max_new_tokens = 3
+    assert engine.generate(PROMPTS).ids == [row[:3] for row in greedy]
+    # sampling of one's own is not touched by it
+    assert engine.generate(PROMPTS, Sampling(max_tokens=8, temperature=1.5, seed=1)).ids == first
+
+
+def test_replaced_config_takes_special_tokens_but_no_sampling_from_the_model():
+    model = tiny_model()
+    model.generation_config.update(eos_token_id=EOS, pad_token_id=PAD, top_k=1, temperature=0.01)
+    engine = engine_of(model, eos_token_ids=[EOS], sampling=Sampling(max_tokens=20, seed=3))
+    engine.generation_config = GenerationConfig(max_new_tokens=20, do_sample=True, top_k=0)
+    replaced = engine.generate(PROMPTS).ids
+    assert replaced == engine.generate(PROMPTS, Sampling(max_tokens=20, seed=3)).ids
+    assert any(row[-1] == EOS for row in replaced)
+
+
+def test_sampling_is_needed_by_an_engine_without_its_own():
+    with pytest.raises(ValueError, match="sampling must be given"):
+        engine_of(tiny_model()).generate(PROMPTS)
+
+
+def test_multimodal_fields_reach_the_model_padded_like_the_prompts():
+    seen = []
+
+    class Vision(LlamaForCausalLM):
+        def forward(self, input_ids=None, pixel_values=None, token_type_ids=None, counts=None, **kwargs):
+            seen.append((input_ids, pixel_values, token_type_ids, counts))
+            return super().forward(input_ids, **kwargs)
+
+    torch.manual_seed(0)
+    model = Vision(tiny_model().config)
+    pixels = torch.randn(4, 3, 2, 2)
+    fields = {"pixel_values": pixels, "token_type_ids": [[1] * len(row) for row in PROMPTS], "counts": [1, 2, 0, 1]}
+    engine_of(model).generate(PROMPTS, Sampling(max_tokens=1), multimodal_fields=fields)
+    ids, mask = padded_prompts()
+    assert torch.equal(seen[0][0], ids)
+    assert torch.equal(seen[0][1], pixels)
+    assert torch.equal(seen[0][2], mask)
+    assert seen[0][3].tolist() == [1, 2, 0, 1]
+
+
+def test_suppressed_tokens_are_not_drawn():
+    model = tiny_model()
+    sampling = Sampling(max_tokens=8, temperature=0)
+    favourite = engine_of(model).generate(PROMPTS, sampling).ids[0][0]
+    suppressing = engine_of(model, suppress_tokens=[favourite])
+    assert all(favourite not in row for row in suppressing.generate(PROMPTS, sampling).ids)
+
+
+def test_prompts_are_padded_to_a_multiple_within_the_context():
+    model = tiny_model(max_position_embeddings=24)
+    widths = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].size(1)))
+    engine = engine_of(model, batching=PaddedBatch(pad_token_id=PAD, pad_to_multiple_of=16), eos_token_ids=[99])
+    assert [len(row) for row in engine.generate([[5] * 22, [6]], Sampling(max_tokens=4)).ids] == [2, 2]
+    assert widths == [32, 1]
+
+
+def test_unwrapped_model_evaluates_and_gets_its_modes_back_after_an_error():
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    config = model.generation_config
+
+    def fail_inside():
+        with unwrap_model_for_generation(model, Accelerator(cpu=True)) as unwrapped:
+            assert unwrapped is model
+            assert not any(module.training for module in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert [module.training for module in model.modules()] == modes
+    assert model.is_gradient_checkpointing
+    with unwrap_model_for_generation(model, Accelerator(cpu=True), generation_kwargs={"top_k": 3}):
+        assert model.generation_config.top_k == 3
+    assert model.generation_config is config
+
+
+def test_engine_generates_with_what_unwrap_gives():
+    model, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    sampling = Sampling(max_tokens=4, temperature=0)
+    engine = engine_of(model, unwrap=lambda: unwrap_model_for_generation(other, Accelerator(cpu=True)))
+    assert engine.generate(PROMPTS, sampling).ids == engine_of(other).generate(PROMPTS, sampling).ids
+    assert engine.generate(PROMPTS, sampling).ids != engine_of(model).generate(PROMPTS, sampling).ids
+
+
+def test_deepspeed_hooks_come_back_after_an_error():
+    # what DeepSpeed's offload object has, which is not installed here
+    module = nn.Linear(2, 2)
+    for parameter in module.parameters():
+        parameter.ds_active_sub_modules = {1}
+    module.ds_external_parameters = list
+    registered, hooks = [], [module.register_forward_hook(lambda *args: None)]
+    coordinator = types.SimpleNamespace(
+        is_invalid_trace=lambda: False, _invalidate_trace=lambda: hooks.append("traced")
+    )
+    offload = types.SimpleNamespace(
+        module=module,
+        forward_hooks=list(hooks),
+        backward_hooks=[],
+        param_coordinator=coordinator,
+        _register_deepspeed_module=registered.append,
+    )
+
+    def fail_inside():
+        with _without_hooks(offload):
+            assert not module._forward_hooks
+            assert offload.forward_hooks == []
+            assert all(not parameter.ds_active_sub_modules for parameter in module.parameters())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert registered == [module]
+    assert hooks[-1] == "traced"
+
+
+def test_8bit_weights_are_refused():
+    class Int8Params(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].weight = Int8Params(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"does not take 8-bit weights \(0.weight\)"):
+        refuse_8bit(model)
+
+
+def test_engine_has_the_run_s_settings(tmp_path):
+    args = GRPOConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_completion_length=7,
+        temperature=0.8,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        pad_to_multiple_of=8,
+        generation_kwargs={"num_beams": 1, "top_k": 5},
+    )
+    model = tiny_model()
+    model.config.image_token_id = 17
+    processor = object.__new__(ProcessorMixin)
+    processor.tokenizer = types.SimpleNamespace(pad_token_id=PAD, bos_token_id=BOS)
+    engine = make_engine(model, processor, args, eos_token_ids=[EOS], context=torch.no_grad, seed=0)
+    config = engine.generation_config.to_dict()
+    expected = {"max_new_tokens": 7, "temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "eos_token_id": [EOS]}
+    expected |= {"repetition_penalty": 1.1, "suppress_tokens": [17], "pad_token_id": PAD, "bos_token_id": BOS}
+    assert {name: config[name] for name in expected} == expected

@@ -1,9 +1,11 @@
 import gc
+import math
 import os
 import random
 import subprocess
 import sys
 import textwrap
+import types
 
 import numpy as np
 import psutil
@@ -14,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_fast.batch import Sampling
 from grpo_fast.generation.transformers_engine import TransformersEngine
-from grpo_fast.generation.vllm_engine import VLLMEngine
+from grpo_fast.generation.vllm_engine import VLLMEngine, _completions, _vllm_prompt
 from grpo_fast.generation.vllm_weights import load_every_parameter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
@@ -90,14 +92,14 @@ def pair(request):
     before = process_state()
     engine = VLLMEngine(
         model=model,
-        tokenizer=char_tokenizer(),
+        # one of the two engines holds a tokenizer
+        processing_class=char_tokenizer() if request.param else None,
         dtype=torch.float32,
         max_num_seqs=16,
         eos_token_ids=[EOS, SECOND_EOS],
         max_model_len=96,
         seed=11,
-        # one of the two engines holds a tokenizer
-        sampling_options={"stop": ["!"]} if request.param else None,
+        sampling=Sampling(max_tokens=5, seed=3),
     )
     engine.changed = {name for name, value in process_state().items() if value != before[name]}
     yield model, engine
@@ -164,22 +166,6 @@ def test_cached_prefixes_of_old_weights_are_not_used(pair):
         logps = model(ids).logits[0, len(rows[0]) - 1 : -1].log_softmax(-1)
     expected = logps.gather(1, torch.tensor(after.ids[0])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(after.logps[0]), expected, rtol=0, atol=LOGP_ATOL)
-
-
-@pytest.mark.parametrize("filtered", [False, True], ids=["temperature", "top_k"])
-def test_logps_are_those_of_the_sampling_distribution(pair, filtered):
-    model, engine = pair
-    engine.update_weights(model)
-    rows = [row for row in prompts(4) for _ in range(3)]
-    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.7, top_k=5 if filtered else 0, seed=5)
-    completions = engine.generate(rows, sampling)
-    for prompt, ids, logps in zip(rows, completions.ids, completions.logps, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
-        if filtered:
-            logits = logits.masked_fill(logits < logits.topk(5).values[:, -1:], -torch.inf)
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(logps), expected, rtol=0, atol=LOGP_ATOL)
 
 
 def test_completions_come_in_the_order_of_the_prompts(pair):
@@ -254,7 +240,7 @@ def test_stop_strings_need_an_engine_with_a_tokenizer(pair):
     sampling = Sampling(max_tokens=32, temperature=2.0, seed=1, extra={"stop": ["!"]})
     rows = [prompts(1)[0]] * 16
     if not model.config.tie_word_embeddings:
-        with pytest.raises(ValueError, match=r"\['stop'\] must be in the engine's sampling_options"):
+        with pytest.raises(ValueError, match=r"\['stop'\] need an engine with a tokenizer"):
             engine.generate(rows, sampling)
         return
     stop = char_tokenizer().convert_tokens_to_ids("!")
@@ -275,6 +261,30 @@ def test_overlong_prompt_is_named_and_completions_end_with_the_context(pair):
         engine.generate([[5], [5] * 96], Sampling(max_tokens=4))
     ids = engine.generate([[5] * 94], Sampling(max_tokens=4, extra={"ignore_eos": True, "stop_token_ids": []})).ids
     assert len(ids[0]) == 2
+
+
+def test_engine_s_own_sampling_decides_until_it_is_changed(pair):
+    _, engine = pair
+    own = engine.sampling
+    assert engine.generate(prompts(2)).ids == engine.generate(prompts(2), own).ids
+    engine.sampling = Sampling(max_tokens=2, temperature=0)
+    assert max(len(row) for row in engine.generate(prompts(2)).ids) <= 2
+    engine.sampling = None
+    with pytest.raises(ValueError, match="sampling must be given"):
+        engine.generate(prompts(2))
+    engine.sampling = own
+
+
+def test_missing_logps_are_none_or_nan(pair):
+    _, engine = pair
+    drawn = engine.generate(prompts(2), Sampling(max_tokens=3, extra={"logprobs": None}))
+    assert drawn.logps is None
+    assert all(drawn.ids)
+    completion = types.SimpleNamespace(
+        index=0, token_ids=[5, 6], logprobs=types.SimpleNamespace(logprobs=[math.nan, -9.0, None], start_indices=[0, 2])
+    )
+    logps = _completions([types.SimpleNamespace(outputs=[completion])], [1]).logps
+    assert [math.isnan(logp) for logp in logps[0]] == [True, True]
 
 
 def test_no_prompts_give_no_completions(pair):
@@ -316,7 +326,7 @@ def test_unsupported_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         VLLMEngine(
             model=tiny_model(tied=True),
-            tokenizer=None,
+            processing_class=None,
             dtype=torch.float32,
             max_num_seqs=1,
             eos_token_ids=[EOS],
@@ -324,11 +334,18 @@ def test_unsupported_settings_are_refused(settings, message):
         )
 
 
+def test_images_are_given_as_vllm_takes_them():
+    assert _vllm_prompt([1], None) == {"prompt_token_ids": [1]}
+    assert _vllm_prompt([1], []) == {"prompt_token_ids": [1]}
+    assert _vllm_prompt([1], ["a"]) == {"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}}
+    assert _vllm_prompt([1], ["a", "b"])["multi_modal_data"] == {"image": ["a", "b"]}
+
+
 def test_closing_frees_the_process_group_and_another_engine_can_start():
     script = """
         import torch
         from grpo_fast.batch import Sampling
-        from grpo_fast.generation.vllm_engine import VLLMEngine
+        from grpo_fast.generation.vllm_engine import VLLMEngine, _completions, _vllm_prompt
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.set_num_threads(2)
@@ -336,7 +353,9 @@ def test_closing_frees_the_process_group_and_another_engine_can_start():
                              num_attention_heads=2, max_position_embeddings=64)
         for _ in range(2):
             model = LlamaForCausalLM(config)
-            engine = VLLMEngine(model=model, tokenizer=None, dtype=torch.bfloat16, max_num_seqs=2, eos_token_ids=[2])
+            engine = VLLMEngine(
+                model=model, processing_class=None, dtype=torch.bfloat16, max_num_seqs=2, eos_token_ids=[2]
+            )
             assert torch.get_num_threads() == 2
             assert len(engine.generate([[5, 6]] * 2, Sampling(max_tokens=4, seed=0)).ids) == 2
             engine.close()

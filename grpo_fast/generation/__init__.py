@@ -2,6 +2,18 @@
 
 from grpo_fast.generation.base import Engine, context_length
 from grpo_fast.generation.factory import make_engine
-from grpo_fast.generation.vllm_engine import require_vllm
+from grpo_fast.generation.transformers_engine import TransformersEngine
+from grpo_fast.generation.unwrap import unwrap_model_for_generation
+from grpo_fast.generation.vllm_engine import VLLMEngine, require_vllm
+from grpo_fast.generation.vllm_generation import VLLMGeneration
 
-__all__ = ["Engine", "context_length", "make_engine", "require_vllm"]
+__all__ = [
+    "Engine",
+    "TransformersEngine",
+    "VLLMEngine",
+    "VLLMGeneration",
+    "context_length",
+    "make_engine",
+    "require_vllm",
+    "unwrap_model_for_generation",
+]

@@ -1,4 +1,4 @@
-"""What every engine offers, and the check of the prompts that all engines share."""
+"""What every engine offers, and the checks that all engines share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,22 @@ class Engine(Protocol):
 
     name: str
 
-    def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> Completions:
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling | None = None,
+        *,
+        images: list[list[Any] | None] | None = None,
+        multimodal_fields: dict[str, Any] | None = None,
+    ) -> Completions:
         """One completion per entry of `prompt_ids`; a prompt that is wanted G times is listed G times in a row.
+
+        Args:
+            prompt_ids: The prompts' tokens.
+            sampling: How to draw; None means the engine's own settings, which a user may change during the run.
+            images: Each prompt's PIL images, for engines that run the image processor themselves (vLLM).
+            multimodal_fields: The image processor's output, for engines that run the trainer's model (transformers):
+                tensors as the model takes them, and lists of per-token lists, which are padded like the prompts.
 
         Raises:
             ValueError: a prompt is empty or fills the context, or
@@ -36,6 +50,11 @@ def context_length(config: Any) -> int | None:
     """The most positions a model with this transformers config takes, or None if its config states no bound."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def check_prompts(prompt_ids: list[list[int]], *, context: int | None) -> None:

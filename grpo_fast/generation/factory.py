@@ -8,55 +8,109 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from grpo_fast.batch import Sampling
 from grpo_fast.config import GRPOConfig, as_dict
 from grpo_fast.generation.base import Engine
-from grpo_fast.generation.transformers_engine import TransformersEngine
+from grpo_fast.generation.continuous_batch import ContinuousBatch
+from grpo_fast.generation.transformers_engine import PaddedBatch, TransformersEngine
 from grpo_fast.generation.vllm_engine import VLLMEngine
 
 
 def make_engine(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     args: GRPOConfig,
     *,
     eos_token_ids: list[int],
     context: Callable[[], AbstractContextManager[Any]],
     seed: int,
+    unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Engine:
-    """An engine: vLLM with `use_vllm=True`, transformers' `generate` otherwise.
+    """An engine: vLLM with `use_vllm=True`, else transformers, with `use_transformers_continuous_batching=True` paged.
 
     Args:
         model: The unwrapped policy.
-        tokenizer: Its tokenizer.
+        processing_class: Its tokenizer or processor.
         args: The run's settings.
         eos_token_ids: Tokens that end a completion.
-        context: Entered around transformers' `generate`.
+        context: Entered around transformers' generation.
         seed: Of vLLM's start-up.
+        unwrap: Gives transformers' generation the model to call; see `unwrap_model_for_generation`.
+
+    Raises:
+        ValueError: The settings do not fit the model or each other; the message names them.
     """
-    if not args.use_vllm:
-        return TransformersEngine(
-            model=model,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_ids=eos_token_ids,
-            bos_token_id=tokenizer.bos_token_id,
-            cache_implementation=args.cache_implementation,
-            context=context,
-        )
-    assert args.steps_per_generation is not None
-    # a sampler in the precision of the trainer's matrix products keeps importance ratios near 1
+    sampling = Sampling(
+        max_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        extra=as_dict(args.generation_kwargs),
+    )
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if args.use_vllm:
+        return _vllm_engine(model, processing_class, args, sampling, mixed, eos_token_ids=eos_token_ids, seed=seed)
+    is_processor = isinstance(processing_class, ProcessorMixin)
+    tokenizer: Any = processing_class.tokenizer if is_processor else processing_class
+    batching: Any = PaddedBatch(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=_multiple(args))
+    if args.use_transformers_continuous_batching:
+        if is_processor:
+            raise ValueError(
+                "use_transformers_continuous_batching=True takes text only; processing_class is the processor "
+                f"{type(processing_class).__name__}"
+            )
+        options = as_dict(args.transformers_continuous_batching_config)
+        batching = ContinuousBatch(dtype=mixed, fp32_head=args.cast_lm_head_to_fp32, options=options)
+    config: Any = model.config
+    return TransformersEngine(
+        model=model,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_ids=eos_token_ids,
+        bos_token_id=tokenizer.bos_token_id,
+        cache_implementation=args.cache_implementation,
+        # a drawn image token would have no image behind it
+        suppress_tokens=[config.image_token_id] if is_processor else None,
+        sampling=sampling,
+        batching=batching,
+        context=context,
+        unwrap=unwrap,
+    )
+
+
+def _multiple(args: GRPOConfig) -> int | None:
+    assert not isinstance(args.pad_to_multiple_of, str), "GRPOConfig parses strings"
+    return args.pad_to_multiple_of
+
+
+def _vllm_engine(
+    model: nn.Module,
+    processing_class: Any,
+    args: GRPOConfig,
+    sampling: Sampling,
+    mixed: torch.dtype | None,
+    *,
+    eos_token_ids: list[int],
+    seed: int,
+) -> VLLMEngine:
+    assert args.steps_per_generation is not None
+    own = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return VLLMEngine(
         model=model,
-        tokenizer=tokenizer,
-        dtype=mixed or next(model.parameters()).dtype,
+        processing_class=processing_class,
+        # a sampler in the precision of the trainer's matrix products keeps importance ratios near 1
+        dtype=mixed or own,
         max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
         eos_token_ids=eos_token_ids,
         max_model_len=args.vllm_max_model_length,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         seed=seed,
-        sampling_options=as_dict(args.generation_kwargs),
+        sampling=sampling,
+        structured_outputs_regex=args.vllm_structured_outputs_regex,
+        trust_remote_code=args.trust_remote_code,
         vllm_engine_kwargs={"model_impl": args.vllm_model_impl} | as_dict(args.vllm_engine_kwargs),
     )

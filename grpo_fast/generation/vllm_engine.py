@@ -25,8 +25,11 @@ import torch
 from torch import nn
 
 from grpo_fast.batch import Completions, Sampling
-from grpo_fast.generation.base import check_options, check_prompts, context_length
-from grpo_fast.generation.vllm_weights import base_model, named_weights, register_loader, write_config
+from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.vllm_sampler import report_policy_logps
+from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit, register_loader, write_config
+
+logger = logging.getLogger(__name__)
 
 # tokens in one forward pass of the engine
 MAX_BATCHED_TOKENS = 4096
@@ -61,7 +64,7 @@ class VLLMEngine:
         self,
         *,
         model: nn.Module,
-        tokenizer: Any,
+        processing_class: Any,
         dtype: torch.dtype,
         max_num_seqs: int,
         eos_token_ids: list[int],
@@ -70,7 +73,9 @@ class VLLMEngine:
         tensor_parallel_size: int = 1,
         seed: int = 0,
         kv_cache_memory_bytes: int | None = None,
-        sampling_options: dict[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        structured_outputs_regex: str | None = None,
+        trust_remote_code: bool = False,
         vllm_engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Start an engine with the weights that `model` has now.
@@ -81,7 +86,8 @@ class VLLMEngine:
 
         Args:
             model: The unwrapped transformers model, or a PEFT model with LoRA adapters.
-            tokenizer: Copied to the engine if `sampling_options` need one.
+            processing_class: The tokenizer or processor, of which the engine gets a copy; None makes an engine that
+                knows token ids only.
             dtype: Of the engine's weights and activations.
             max_num_seqs: Completions that run at the same time.
             eos_token_ids: Any of these ends a completion and is kept as its last token.
@@ -91,7 +97,9 @@ class VLLMEngine:
             seed: Of the engine's start-up.
             kv_cache_memory_bytes: Size of the KV cache. None means what `gpu_memory_utilization` leaves on a GPU, and
                 what `max_num_seqs` completions need, at most 512 MiB, on a CPU.
-            sampling_options: The run's `Sampling.extra`, to know whether the engine needs a tokenizer.
+            sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
+            structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
+            trust_remote_code: Whether vLLM may run code that comes with the model.
             vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
 
         Raises:
@@ -106,8 +114,17 @@ class VLLMEngine:
         )
         if owned:
             raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
+        refuse_8bit(model)
+        self.sampling = sampling
         self._eos_token_ids = eos_token_ids
-        self._has_tokenizer = bool(TEXT_OPTIONS & set(sampling_options or {}))
+        self._has_tokenizer = processing_class is not None
+        self._structured_outputs_regex = structured_outputs_regex
+        if (
+            structured_outputs_regex is not None
+            and sampling is not None
+            and "structured_outputs" in (sampling.extra or {})
+        ):
+            logger.warning("vllm_structured_outputs_regex wins over generation_kwargs['structured_outputs']")
         self._owns_process_group = not torch.distributed.is_initialized()
         self._model = weakref.ref(model)
         arguments: dict[str, Any] = {
@@ -121,13 +138,21 @@ class VLLMEngine:
             "skip_tokenizer_init": not self._has_tokenizer,
             # the model's own sampling defaults must not reach the rollouts
             "generation_config": "vllm",
+            # of samplers that `report_policy_logps` does not know
             "logprobs_mode": "processed_logprobs",
+            "trust_remote_code": trust_remote_code,
         }
         with _quiet_start(), tempfile.TemporaryDirectory(prefix="grpo_fast_") as folder:
             write_config(model, folder)
             if self._has_tokenizer:
-                tokenizer.save_pretrained(folder)
+                processing_class.save_pretrained(folder)
             self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
+        self._llm.collective_rpc(report_policy_logps)
+
+    @property
+    def llm(self) -> Any:
+        """The `vllm.LLM`; None once the engine is closed."""
+        return self._llm
 
     def _start(self, folder: str, arguments: dict[str, Any], overrides: dict[str, Any]) -> Any:
         from vllm import LLM
@@ -143,33 +168,34 @@ class VLLMEngine:
         load_format = register_loader(self._model, on_cpu=on_cpu)
         return LLM(folder, load_format=load_format, **(arguments | overrides))
 
-    def generate(self, prompt_ids: list[list[int]], sampling: Sampling) -> Completions:
-        """See `Engine.generate`.
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling | None = None,
+        *,
+        images: list[list[Any] | None] | None = None,
+        multimodal_fields: dict[str, Any] | None = None,
+    ) -> Completions:
+        """See `Engine.generate`; vLLM reads `images` and processes them itself.
 
-        With `sampling.seed`, a completion depends on the seed, its prompt's place in the list and its own place in
-        the group, not on what else is in the batch. Without, it draws from the process's random state.
+        The log-probs are the policy's, of the whole vocabulary at the sampling temperature, NaN where vLLM has none.
+        With a seed, a completion depends on the seed, its prompt's place in the list and its own place in the group,
+        not on what else is in the batch. Without, it draws from the process's random state.
         """
         check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
         if not prompt_ids:
             return Completions(ids=[], logps=[])
-        groups = [(prompt, len(list(run))) for prompt, run in itertools.groupby(prompt_ids)]
+        sampling = self.sampling if sampling is None else sampling
+        if sampling is None:
+            raise ValueError("sampling must be given: the engine was made without settings of its own")
+        rows = zip(prompt_ids, images or itertools.repeat(None, len(prompt_ids)), strict=True)
+        groups = [(row, len(list(run))) for row, run in itertools.groupby(rows)]
         requests = [self._sampling_params(sampling, i, size) for i, (_, size) in enumerate(groups)]
         # vLLM draws from the process's state even when every request has a seed
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices, enabled=requests[0].seed is not None):
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt} for prompt, _ in groups], requests, use_tqdm=False
-            )
-        ids: list[list[int]] = []
-        logps: list[list[float]] = []
-        for (_, size), output in zip(groups, outputs, strict=True):
-            drawn = sorted(output.outputs, key=lambda completion: completion.index)
-            # greedy completions of a prompt are one request
-            for completion in drawn if len(drawn) == size else drawn * size:
-                ids.append(list(completion.token_ids))
-                flat = completion.logprobs
-                logps.append([flat.logprobs[start] for start in flat.start_indices])
-        return Completions(ids=ids, logps=logps)
+            outputs = self._llm.generate([_vllm_prompt(*row) for row, _ in groups], requests, use_tqdm=False)
+        return _completions(outputs, [size for _, size in groups])
 
     def update_weights(self, model: nn.Module) -> None:
         """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones."""
@@ -203,6 +229,7 @@ class VLLMEngine:
     def _sampling_params(self, sampling: Sampling, index: int, size: int) -> Any:
         """The request for `size` completions of the prompt at place `index`."""
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         settings: dict[str, Any] = {
             "max_tokens": sampling.max_tokens,
@@ -216,17 +243,47 @@ class VLLMEngine:
             # 0 asks for the sampled token alone
             "logprobs": 0,
             "flat_logprobs": True,
-            "detokenize": self._has_tokenizer,
         }
-        extra = sampling.extra or {}
+        extra = dict(sampling.extra or {})
         check_options(extra, known=set(SamplingParams.__struct_fields__) - {"n", "flat_logprobs"})
-        if TEXT_OPTIONS & set(extra) and not self._has_tokenizer:
-            raise ValueError(f"{sorted(TEXT_OPTIONS & set(extra))} must be in the engine's sampling_options too")
-        settings |= extra
+        if self._structured_outputs_regex is not None:
+            extra["structured_outputs"] = {"regex": self._structured_outputs_regex}
+        if isinstance(extra.get("structured_outputs"), dict):
+            extra["structured_outputs"] = StructuredOutputsParams(**extra["structured_outputs"])
+        needs_text = sorted(TEXT_OPTIONS & set(extra))
+        if needs_text and not self._has_tokenizer:
+            raise ValueError(f"{needs_text} need an engine with a tokenizer: processing_class is None")
+        settings |= {"detokenize": bool(needs_text)} | extra
         if settings["seed"] is not None:
             settings["seed"] = request_seed(settings["seed"], index)
         # vLLM takes no n > 1 when all n are equal
         return SamplingParams(n=1 if settings["temperature"] == 0 else size, **settings)
+
+
+def _vllm_prompt(prompt: list[int], images: list[Any] | None) -> dict[str, Any]:
+    request: dict[str, Any] = {"prompt_token_ids": prompt}
+    if images:
+        request["multi_modal_data"] = {"image": images if len(images) > 1 else images[0]}
+    return request
+
+
+def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
+    """The completions of requests for `sizes` completions each, in their order."""
+    ids: list[list[int]] = []
+    logps: list[list[float]] = []
+    is_scored = True
+    for output, size in zip(outputs, sizes, strict=True):
+        drawn = sorted(output.outputs, key=lambda completion: completion.index)
+        # greedy completions of a prompt are one request
+        for completion in drawn if len(drawn) == size else drawn * size:
+            ids.append(list(completion.token_ids))
+            flat = completion.logprobs
+            if flat is None:
+                is_scored = False
+                continue
+            sampled = (flat.logprobs[start] for start in flat.start_indices)
+            logps.append([math.nan if logp is None else logp for logp in sampled])
+    return Completions(ids=ids, logps=logps if is_scored else None)
 
 
 def request_seed(seed: int, index: int) -> int:

@@ -13,16 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.generation.base import base_model
+
+
+def refuse_8bit(model: nn.Module) -> None:
+    """Refuse bitsandbytes' 8-bit weights, as TRL does.
+
+    Raises:
+        ValueError: naming the first such parameter.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "Int8Params":
+            raise ValueError(
+                f"use_vllm=True does not take 8-bit weights ({name}): load the model with load_in_4bit=True or without "
+                "quantization_config"
+            )
+
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a transformers model under their checkpoint names, active LoRA adapters added in copies.
+
+    bitsandbytes' 4-bit weights are given as the trainer multiplies by them, not packed.
 
     Raises:
         ValueError: the adapters are not plain LoRA.
     """
     if not hasattr(model, "peft_config"):
         for name, parameter in model.named_parameters():
-            yield name, parameter.detach()
+            yield name, _plain(parameter)
         return
     from peft.tuners.lora import LoraLayer
 
@@ -33,14 +51,24 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         owner, _, rest = name.rpartition(".base_layer.")
         layer = base.get_submodule(owner)
         if isinstance(layer, LoraLayer):
-            yield f"{owner}.{rest}", _with_adapters(layer, rest, parameter.detach())
+            yield f"{owner}.{rest}", _with_adapters(layer, rest, _plain(parameter))
         elif ".modules_to_save." in name:
             owner, _, rest = name.partition(".modules_to_save.")
             adapter, _, leaf = rest.partition(".")
             if adapter in base.get_submodule(owner).active_adapters:
-                yield f"{owner}.{leaf}", parameter.detach()
+                yield f"{owner}.{leaf}", _plain(parameter)
         elif ".original_module." not in name and ".lora_" not in name:
-            yield name, parameter.detach()
+            yield name, _plain(parameter)
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """The parameter's values as one dense tensor."""
+    if type(parameter).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
+
+        weight: Tensor = dequantize_4bit(parameter.data, parameter.quant_state)  # type: ignore[attr-defined]
+        return weight
+    return parameter.detach()
 
 
 @torch.no_grad()
@@ -128,7 +156,3 @@ def register_loader(source: Callable[[], nn.Module | None], *, on_cpu: bool) -> 
     load_format = f"grpo_fast_{id(source):x}"
     register_model_loader(load_format)(TrainerLoader)
     return load_format
-
-
-def base_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
