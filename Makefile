@@ -9,13 +9,17 @@ export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench offline clean
+.PHONY: demo test test-trl lint format bench offline clean
 
 demo: $(VENV)/.installed
 	$(BIN)/grpo-fast demo $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow" $(ARGS)
+
+# everything that compares with the installed TRL: the whole loss grid, all runs, all subclasses
+test-trl: $(VENV)/.installed
+	$(BIN)/pytest -m trl $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

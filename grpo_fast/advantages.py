@@ -23,13 +23,13 @@ class Advantages:
     is_std_zero: Tensor
 
 
-def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def nanstd(tensor: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     """Standard deviation with Bessel's correction over what is not NaN; NaN where fewer than two values are left."""
-    count = (~values.isnan()).sum(dim=dim, keepdim=keepdim) if dim is not None else (~values.isnan()).sum()
-    mean = values.nanmean() if dim is None else values.nanmean(dim=dim, keepdim=True)
-    squares = (values - mean).square()
-    variance = squares.nanmean() if dim is None else squares.nanmean(dim=dim, keepdim=keepdim)
-    return (variance * count / (count - 1)).sqrt()
+    count = torch.sum(~tensor.isnan(), dim=dim, keepdim=keepdim)
+    squares = (tensor - tensor.nanmean(dim=dim, keepdim=True)).square()
+    variance = squares.nanmean(dim=dim, keepdim=keepdim)
+    # of one value: 0 times infinity
+    return (variance * (count / (count - 1))).sqrt()
 
 
 def weighted_rewards(rewards_NK: Tensor, weights_K: Tensor) -> Tensor:

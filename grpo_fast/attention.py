@@ -2,8 +2,9 @@
 
 Letters: T packed tokens, H query heads, K key-value heads, D head width, S attention segments.
 
-The model is called without an attention mask and without a cache; which token sees which is said by a `Layout`, which
-travels to every layer as the keyword `layout=` inside an `AttentionPlan`. Three back ends compute the same function:
+A pack is run without an attention mask and without a cache; which token sees which is said by a `Layout`, which
+travels to every layer as the keyword `layout=` inside an `AttentionPlan`. A call without one, from a subclass's own
+code for example, gets the attention the model had before. Three back ends compute the same function:
 
 - `flash_attn`, on CUDA in fp16 or bf16, when that package is installed;
 - `torch.nn.attention.varlen`, on CUDA in fp16 or bf16, without soft-capping;
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -32,12 +35,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKED = "grpo_packed"
+# attribute of a packed model's config: the implementation it had before
+NATIVE = "_grpo_native_attention"
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
 DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout_prob")
 # keywords by which models ask for attention that no back end here computes
 REFUSED_KEYWORDS = ("s_aux", "position_bias", "cache")
 # FlashAttention 2 holds heads up to this width
 MAX_FLASH_WIDTH = 256
+
+
+_is_running_packs: ContextVar[bool] = ContextVar("is_running_packs", default=False)
 
 
 class AttentionPlan:
@@ -88,6 +96,12 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def adds_virtual_tokens(model: nn.Module) -> bool:
+    """Whether an adapter learns a prompt, which it puts before every row."""
+    configs = getattr(model, "peft_config", None) or {}
+    return any(getattr(config, "is_prompt_learning", False) for config in configs.values())
+
+
 def can_pack(model: nn.Module) -> str | None:
     """Why rows cannot be packed for this model, in words, or None if they can.
 
@@ -97,8 +111,7 @@ def can_pack(model: nn.Module) -> str | None:
     config = lm.config
     name = type(lm).__name__
     layer_types = set(getattr(config, "layer_types", None) or ())
-    peft_configs = getattr(model, "peft_config", None) or {}
-    if any(getattr(peft, "is_prompt_learning", False) for peft in peft_configs.values()):
+    if adds_virtual_tokens(model):
         return "prompt-learning adapters prepend virtual tokens to every row"
     if config.get_text_config() is not config:
         return f"{name} has parts beside its language model"
@@ -135,27 +148,71 @@ def attention_implementation(model: nn.Module, implementation: str) -> Iterator[
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Switch `model` to packed attention inside the block, backward pass included; nests.
+    """Let `model` take packs inside the block, backward pass included; nests.
 
     Gradient checkpointing runs the layers again in the backward pass, so that must happen inside the block too.
-    Inside it the model accepts packs only; `native_attention` switches back for generation.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(PACKED, _packed_attention_forward)
+    AttentionInterface.register(PACKED, _uncompiled(_packed_attention_forward))
+    AttentionMaskInterface.register(PACKED, _uncompiled(_packed_mask))
     lm = causal_lm(model)
-    if not is_packed(lm):
-        lm._grpo_native_attention = lm.config._attn_implementation
-    with attention_implementation(lm, PACKED):
+    if is_packed(lm):
         yield
+        return
+    before = vars(lm.config).get(NATIVE)
+    setattr(lm.config, NATIVE, lm.config._attn_implementation)
+    try:
+        with attention_implementation(lm, PACKED):
+            yield
+    finally:
+        # a saved config must not hold it
+        delattr(lm.config, NATIVE)
+        if before is not None:
+            setattr(lm.config, NATIVE, before)
 
 
 @contextmanager
 def native_attention(model: nn.Module) -> Iterator[None]:
     """Give `model` its own attention back inside the block; without effect outside `packed_attention`."""
     lm = causal_lm(model)
-    with attention_implementation(lm, lm._grpo_native_attention) if is_packed(lm) else nullcontext():
+    with attention_implementation(lm, getattr(lm.config, NATIVE)) if is_packed(lm) else nullcontext():
         yield
+
+
+@contextmanager
+def running_packs() -> Iterator[None]:
+    """Around a forward pass of a pack: no mask is built for it, and a layer that gets no layout is an error."""
+    token = _is_running_packs.set(True)
+    try:
+        yield
+    finally:
+        _is_running_packs.reset(token)
+
+
+@cache
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as torch.compile leaves it, between the compiled parts of layers: tiles follow the pack."""
+    # one object for all calls, or every step would compile again
+    return torch.compiler.disable(function)
+
+
+def _packed_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """What transformers calls before the layers: the native attention's mask, or none for a pack."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    if _is_running_packs.get():
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[getattr(config, NATIVE)](*args, config=config, **kwargs)
+
+
+def _native_attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A layer's attention as it was before `packed_attention`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # where each model keeps the attention that is not in transformers' table
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(getattr(module.config, NATIVE), eager)(module, *args, **kwargs)
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -176,7 +233,7 @@ def _packed_attention_forward(
     softcap: float | None = None,
     layout: AttentionPlan | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """What transformers calls in every layer.
 
     Takes queries [1, H, T, D], keys and values [1, K, T, D] and returns [1, T, H, D of the values] and no weights.
@@ -185,7 +242,10 @@ def _packed_attention_forward(
     """
     name = type(module).__name__
     if layout is None:
-        raise ValueError(f"layout must reach {name} inside packed_attention: use native_attention for other calls")
+        if _is_running_packs.get():
+            raise ValueError(f"layout must reach {name}: its model does not hand keywords down to its layers")
+        native = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap} | kwargs
+        return _native_attention_forward(module, query, key, value, attention_mask, **native)
     if attention_mask is not None:
         raise ValueError(f"attention_mask must be None in {name} under packed attention, got a mask")
     wanted = [keyword for keyword in REFUSED_KEYWORDS if kwargs.get(keyword) is not None]

@@ -7,7 +7,7 @@ log-prob), S attention segments.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class Completions:
 
     Attributes:
         ids: The completion's tokens, the end-of-sequence token included when the model produced it. May be empty.
-        logps: The sampled tokens' log-probs under the distribution they were drawn from (temperature, top-p and so on
-            applied), or None if the engine does not report them.
+        logps: The sampled tokens' log-probs, of the logits over the temperature and over the whole vocabulary, whatever
+            else the sampler left out; NaN where it has none. None if the engine reports no log-probs.
     """
 
     ids: list[list[int]]
@@ -78,8 +78,51 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
-    """Rows laid end to end without padding, and the tokens whose log-probs are wanted.
+class ScoredTokens:
+    """The tokens of some rows whose log-probs are wanted.
+
+    Attributes:
+        predict: [N] int64, the position whose hidden state predicts the scored token, in the rows laid end to end.
+        targets: [N] int64, the scored token.
+        rows: [N] int64, the row of the scored token in the padded batch.
+        columns: [N] int64, its column in the padded completion tensor. Tokens are ordered by row, then column.
+        row_lengths: How many scored tokens each row with any has.
+    """
+
+    predict: Tensor
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+    row_lengths: tuple[int, ...]
+
+    def only(self, is_wanted: Tensor) -> Self:
+        """The same rows with the tokens scored that `is_wanted` [N] bool marks; on the host."""
+        rows = self.rows[is_wanted]
+        return replace(
+            self,
+            predict=self.predict[is_wanted],
+            targets=self.targets[is_wanted],
+            rows=rows,
+            columns=self.columns[is_wanted],
+            row_lengths=tuple(torch.unique_consecutive(rows, return_counts=True)[1].tolist()),
+        )
+
+    def in_columns(self, column_of: Tensor) -> Self:
+        """The same tokens where the n-th column of row b is called `column_of[b, n]`."""
+        return replace(self, columns=column_of[self.rows, self.columns])
+
+    def shifted(self, first_row: int) -> Self:
+        """The same tokens in a batch that these rows stand `first_row` rows down in."""
+        return replace(self, rows=self.rows + first_row)
+
+    def unpack(self, values: Tensor, out: Tensor) -> Tensor:
+        """Add `values` [N] into the padded `out` [B, C] at their rows and columns; differentiable, not in place."""
+        return out.index_put((self.rows, self.columns), values, accumulate=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack(ScoredTokens):
+    """Rows laid end to end without padding.
 
     A row is never split over packs. Rows of a pack that share a prompt may share its tokens; `predict` then names the
     prompt's last token once per row.
@@ -88,23 +131,18 @@ class Pack:
         input_ids: [1, T] int64.
         position_ids: [1, T] int64, from 0 in each row.
         layout: Which tokens attend to which.
-        predict: [N] int64, the packed position whose hidden state predicts the scored token.
-        targets: [N] int64, the scored token.
-        rows: [N] int64, the row of the scored token in the padded batch the pack was cut from.
-        columns: [N] int64, its column in the padded completion tensor. Tokens are ordered by row, then column.
         row_ids: The padded batch's rows that this pack holds, ascending.
-        row_lengths: How many scored tokens each of them has.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     layout: Layout
-    predict: Tensor
-    targets: Tensor
-    rows: Tensor
-    columns: Tensor
     row_ids: tuple[int, ...]
-    row_lengths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> Pack:
         """The same pack with its tensors on `device`."""
@@ -120,6 +158,18 @@ class Pack:
             row_lengths=self.row_lengths,
         )
 
-    def unpack(self, values: Tensor, out: Tensor) -> Tensor:
-        """Add `values` [N] into the padded `out` [B, C] at their rows and columns; differentiable, not in place."""
-        return out.index_put((self.rows, self.columns), values, accumulate=True)
+
+@dataclass(frozen=True, kw_only=True)
+class PaddedRows(ScoredTokens):
+    """Rows as the model's own forward pass takes them, for models and losses that need that.
+
+    Attributes:
+        model_inputs: `input_ids` and `attention_mask` [B, T], and what belongs to images.
+    """
+
+    model_inputs: dict[str, Any]
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return self.model_inputs["input_ids"].shape[1]

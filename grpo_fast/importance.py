@@ -27,6 +27,22 @@ class Correction:
     clip_min: float | None
     clip_max: float | None
 
+    @property
+    def weighs_rows(self) -> bool:
+        """One weight a row, not one a token."""
+        return self.mode.startswith("sequence")
+
+    def bounded(self, ratio: Tensor) -> Tensor:
+        """Ratios of trainer's over sampler's probability as weights."""
+        if self.mode.endswith("truncate"):
+            return ratio.clamp(self.clip_min, self.clip_max)
+        is_inside = torch.ones_like(ratio, dtype=torch.bool)
+        if self.clip_min is not None:
+            is_inside &= ratio >= self.clip_min
+        if self.clip_max is not None:
+            is_inside &= ratio <= self.clip_max
+        return torch.where(is_inside, ratio, 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerWeights:
@@ -51,18 +67,9 @@ def sampler_weights(
     differences = logps_N.detach() - sampling_logps_N
     log_ratio = differences.nan_to_num(nan=0.0)
     token_row = None
-    if correction.mode.startswith("sequence"):
+    if correction.weighs_rows:
         unique_rows, token_row = torch.unique_consecutive(rows_N, return_inverse=True)
         log_ratio = torch.zeros_like(unique_rows, dtype=log_ratio.dtype).index_add(0, token_row, log_ratio)
-    ratio = log_ratio.exp()
-    if correction.mode.endswith("truncate"):
-        ratio = ratio.clamp(correction.clip_min, correction.clip_max)
-    else:
-        is_inside = torch.ones_like(ratio, dtype=torch.bool)
-        if correction.clip_min is not None:
-            is_inside &= ratio >= correction.clip_min
-        if correction.clip_max is not None:
-            is_inside &= ratio <= correction.clip_max
-        ratio = torch.where(is_inside, ratio, 0.0)
+    ratio = correction.bounded(log_ratio.exp())
     weights = ratio if token_row is None else ratio[token_row]
     return SamplerWeights(weights=weights, ratios=ratio, differences=differences.abs())

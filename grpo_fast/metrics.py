@@ -14,20 +14,38 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-SUMS = ("tokens", "entropy", "kl", "low", "high", "difference", "differences", "ratio", "ratios")
-# minima travel as the maxima of their negatives
-MAXIMA = ("-low", "high", "difference", "-ratio", "ratio")
+from grpo_kernels.options import PolicyOptions
+
+SUMS = (
+    "tokens",  # in the loss
+    "entropy",
+    "kl",
+    "low",  # clipped at the low and at the high side
+    "high",
+    "flags",  # what could have been: tokens, or rows at sequence level
+    "phi",  # VESPO's weights
+    "phis",
+    "policy",  # the loss without its entropy bonus
+    "bonus_entropy",  # over the tokens that the bonus counts
+    "bonus_tokens",
+    "aux",  # the auxiliary loss, once a micro-batch
+    "difference",  # |trainer's - sampler's log-prob|
+    "differences",
+    "ratio",  # the sampler's importance weights
+    "ratios",
+    "samplers",  # micro-batches whose loss pass weighs the sampler
+)
+# over rows, of minus the low-clipped share and of the high-clipped share; of the difference; of minus the weight, of it
+MAXIMA = ("low", "high", "difference", "low_ratio", "ratio")
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one pack contributes to the metrics of its micro-batch.
+    """What some rows contribute to the metrics of their micro-batch.
 
     Attributes:
-        sums: [len(SUMS)] fp32: scored tokens; sums over them of entropy, KL, and tokens clipped at the low and the high
-            side; sum and count of |trainer's - sampler's log-prob|; sum and count of importance weights.
-        maxima: [len(MAXIMA)] fp32, -inf where there is nothing: over rows, of minus the low-clipped share and of the
-            high-clipped share; of the log-prob difference; of minus the importance weight and of the weight.
+        sums: [len(SUMS)] fp32.
+        maxima: [len(MAXIMA)] fp32, -inf where there is nothing; minima travel as the maxima of their negatives.
     """
 
     sums: Tensor
@@ -38,6 +56,21 @@ class Stats:
         """No tokens."""
         return Stats(torch.zeros(len(SUMS), device=device), torch.full((len(MAXIMA),), -math.inf, device=device))
 
+    def add(self, **values: Tensor | float) -> None:
+        """Add to the sums, in place."""
+        for name, value in values.items():
+            self.sums[SUMS.index(name)] += value
+
+    def at_least(self, **values: Tensor) -> None:
+        """Raise the maxima, in place."""
+        for name, value in values.items():
+            i = MAXIMA.index(name)
+            self.maxima[i] = torch.maximum(self.maxima[i], value)
+
+    def of(self, *names: str) -> Tensor:
+        """Some of the sums, [len(names)]."""
+        return self.sums[[SUMS.index(name) for name in names]]
+
     def __add__(self, other: Stats) -> Stats:
         return Stats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
@@ -46,28 +79,70 @@ class Stats:
         return torch.cat([self.sums, self.maxima])
 
 
-def to_metrics(gathered: Tensor, *, has_kl: bool, has_sampler: bool) -> dict[str, float]:
-    """TRL's metrics from `gathered`: [processes, len(SUMS) + len(MAXIMA)], each process's `Stats.vector()`."""
-    sums = dict(zip(SUMS, gathered[:, : len(SUMS)].sum(0).tolist(), strict=True))
-    maxima = dict(zip(MAXIMA, gathered[:, len(SUMS) :].amax(0).tolist(), strict=True))
-    tokens = max(sums["tokens"], 1.0)
-    metrics = {
-        "entropy": sums["entropy"] / tokens,
-        "clip_ratio/low_mean": sums["low"] / tokens,
-        "clip_ratio/low_min": _finite(-maxima["-low"]),
-        "clip_ratio/high_mean": sums["high"] / tokens,
-        "clip_ratio/high_max": _finite(maxima["high"]),
-        "clip_ratio/region_mean": (sums["low"] + sums["high"]) / tokens,
-    }
-    if has_kl:
+def _named(gathered: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Sums and maxima over the first dimension of vectors [..., len(SUMS) + len(MAXIMA)]."""
+    sums, maxima = gathered[:, : len(SUMS)].sum(0), gathered[:, len(SUMS) :].amax(0)
+    return dict(zip(SUMS, sums.tolist(), strict=True)), dict(zip(MAXIMA, maxima.tolist(), strict=True))
+
+
+def loss_metrics(
+    gathered: Tensor, options: PolicyOptions, *, has_bonus: bool, has_aux_loss: bool, policy_scale: float
+) -> dict[str, float]:
+    """TRL's metrics of one micro-batch.
+
+    Args:
+        gathered: [processes, len(SUMS) + len(MAXIMA)] fp32, each process's `Stats.vector()`.
+        options: The policy loss: each type has its own.
+        has_bonus: Whether there is an entropy bonus.
+        has_aux_loss: Whether there is an auxiliary loss.
+        policy_scale: What the policy loss was divided by for gradient accumulation.
+    """
+    sums, maxima = _named(gathered)
+    tokens, flags = max(sums["tokens"], 1.0), max(sums["flags"], 1.0)
+    metrics = {"entropy": sums["entropy"] / tokens}
+    if options.beta:
         metrics["kl"] = sums["kl"] / tokens
-    if has_sampler:
-        metrics["sampling/sampling_logp_difference/mean"] = sums["difference"] / max(sums["differences"], 1.0)
-        metrics["sampling/sampling_logp_difference/max"] = max(maxima["difference"], 0.0)
-        metrics["sampling/importance_sampling_ratio/min"] = _finite(-maxima["-ratio"])
-        metrics["sampling/importance_sampling_ratio/mean"] = sums["ratio"] / max(sums["ratios"], 1.0)
-        metrics["sampling/importance_sampling_ratio/max"] = _finite(maxima["ratio"])
+    if options.is_clipped:
+        metrics["clip_ratio/low_mean"] = sums["low"] / flags
+        metrics["clip_ratio/low_min"] = _finite(-maxima["low"])
+        metrics["clip_ratio/high_mean"] = sums["high"] / flags
+        metrics["clip_ratio/high_max"] = _finite(maxima["high"])
+        metrics["clip_ratio/region_mean"] = (sums["low"] + sums["high"]) / flags
+    elif options.loss_type == "cispo":
+        metrics["cispo_clip_ratio"] = sums["high"] / flags
+    elif options.loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = sums["phi"] / max(sums["phis"], 1.0)
+    if has_bonus:
+        metrics["policy_loss"] = policy_scale * sums["policy"] / len(gathered)
+    if has_aux_loss:
+        metrics["aux_loss"] = sums["aux"] / len(gathered)
     return metrics
+
+
+def sampler_metrics(gathered: Tensor) -> dict[str, float]:
+    """TRL's metrics of the sampler's importance weights, over the micro-batches of an optimizer step.
+
+    Args:
+        gathered: [processes, micro-batches, len(SUMS) + len(MAXIMA)] fp32.
+
+    Returns:
+        Nothing if no loss pass weighed the sampler.
+    """
+    sums, maxima = _named(gathered.flatten(0, 1))
+    if not sums["samplers"]:
+        return {}
+    processes = [_named(process)[0] for process in gathered]
+    # the mean of the processes' means, as in TRL
+    mean_difference = sum(s["difference"] / max(s["differences"], 1.0) for s in processes) / len(processes)
+    mean_ratio = sum(s["ratio"] / max(s["ratios"], 1.0) for s in processes) / len(processes)
+    has_ratios = sums["ratios"] > 0
+    return {
+        "sampling/sampling_logp_difference/mean": mean_difference,
+        "sampling/sampling_logp_difference/max": max(maxima["difference"], 0.0),
+        "sampling/importance_sampling_ratio/min": -maxima["low_ratio"] if has_ratios else 0.0,
+        "sampling/importance_sampling_ratio/mean": mean_ratio,
+        "sampling/importance_sampling_ratio/max": maxima["ratio"] if has_ratios else 0.0,
+    }
 
 
 def _finite(value: float) -> float:

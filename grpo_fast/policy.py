@@ -27,8 +27,9 @@ from grpo_fast.attention import (
     causal_lm,
     is_packed,
     packed_attention,
+    running_packs,
 )
-from grpo_fast.batch import Layout, Pack
+from grpo_fast.batch import Layout, Pack, PaddedRows
 from grpo_fast.modes import evaluating
 from grpo_kernels import linear_logps, linear_loss
 from grpo_kernels.linear_loss import RowsLoss
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Forward = Callable[..., Any]
+Scored = Pack | PaddedRows
 
 # tokens of the self-check: one prompt, two completions
 CHECK_PROMPT = 4
@@ -53,7 +55,10 @@ class ScoreRequest:
         temperature: What the logits are divided by.
         return_entropy: Whether entropies are wanted too.
         loss: What turns log-probs into a loss, computed with its gradients in the same pass; or None.
+        has_entropy_slope: With `loss`: whether it slopes in the entropies.
         sequence_lengths: With `loss`: lengths of the runs of targets it wants to see whole, or None.
+        width: Positions of a row that `predict` counts: the last ones, where an adapter puts its own before them.
+        return_aux_loss: Whether the load-balancing loss of a mixture of experts is wanted too.
     """
 
     predict: Tensor
@@ -61,7 +66,10 @@ class ScoreRequest:
     temperature: float
     return_entropy: bool = False
     loss: RowsLoss | None = None
+    has_entropy_slope: bool = False
     sequence_lengths: tuple[int, ...] | None = None
+    width: int
+    return_aux_loss: bool = False
 
 
 def install_scoring(model: nn.Module) -> None:
@@ -77,80 +85,96 @@ def install_scoring(model: nn.Module) -> None:
     """
     lm = causal_lm(model)
     for linear in _head_linears(lm):
-        _install(linear, _scoring_head)
+        # torch.compile leaves the head alone: its tiles and their gradients are no graph
+        _install(linear, lambda original: torch.compiler.disable(_scoring_head(original)))
     _install(lm, _scoring_lm)
 
 
 def score(
-    model: nn.Module, pack: Pack, *, temperature: float, return_entropy: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs, and on request entropies, of a pack's scored tokens under `model`.
+    model: nn.Module, scored: Scored, *, temperature: float, return_entropy: bool = False, return_aux_loss: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs, and on request more, of some rows' tokens under `model`.
 
-    Inside `packed_attention` any pack can be scored; outside it one row, with the model's own attention.
+    Inside `packed_attention` any pack can be scored; outside it padded rows, or one row, with the model's attention.
 
     Args:
         model: The model `install_scoring` was called on, or a wrapper around it.
-        pack: The pack, on the model's device.
+        scored: A `Pack` or `PaddedRows`, on the model's device.
         temperature: What the logits are divided by.
         return_entropy: Whether to compute entropies.
+        return_aux_loss: Whether to compute the load-balancing loss of a mixture of experts, over all unpadded tokens.
 
     Returns:
-        logps [N] fp32 and entropy [N] fp32 or None. Both differentiable; the logits are not computed as a whole.
+        logps [N] fp32, entropy [N] fp32 or None, auxiliary loss 0-dim or None. All differentiable; the logits are not
+        computed as a whole.
 
     Raises:
-        ValueError: If the pack holds several rows and the model is outside `packed_attention`.
+        ValueError: If a pack holds several rows and the model is outside `packed_attention`.
     """
-    request = ScoreRequest(
-        predict=pack.predict, targets=pack.targets, temperature=temperature, return_entropy=return_entropy
-    )
-    return _call(model, pack, request)
+    request = _request(scored, temperature, return_entropy=return_entropy, return_aux_loss=return_aux_loss)
+    return _call(model, scored, request)
 
 
 def score_loss(
     model: nn.Module,
-    pack: Pack,
+    scored: Scored,
     loss: RowsLoss,
     *,
     temperature: float,
-    sequence_lengths: tuple[int, ...] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A loss of a pack's log-probs under `model`, whose head computes it with its gradients in one pass.
+    has_entropy_slope: bool = False,
+    needs_whole_rows: bool = False,
+    return_aux_loss: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A loss of some rows' log-probs under `model`, whose head computes it with its gradients in one pass.
 
     Args:
         model: As in `score`.
-        pack: The pack, on the model's device.
+        scored: As in `score`.
         loss: From some tokens' log-probs and entropies to their terms; `grpo_kernels.linear_loss` says when.
         temperature: What the logits are divided by.
-        sequence_lengths: Lengths of the runs of tokens that `loss` wants to see whole, or None.
+        has_entropy_slope: Whether `loss` slopes in the entropies.
+        needs_whole_rows: Whether `loss` wants to see all tokens of a row at a time.
+        return_aux_loss: As in `score`.
 
     Returns:
-        The loss, 0-dim and differentiable, once; log-probs and entropies [N] fp32, without gradients.
+        The loss, 0-dim and differentiable, once; log-probs and entropies [N] fp32, without gradients; and the auxiliary
+        loss, 0-dim and differentiable, or None.
 
     Raises:
         ValueError: As `score`.
     """
-    request = ScoreRequest(
-        predict=pack.predict,
-        targets=pack.targets,
-        temperature=temperature,
+    lengths = scored.row_lengths if needs_whole_rows else None
+    request = _request(
+        scored,
+        temperature,
         loss=loss,
-        sequence_lengths=sequence_lengths,
+        has_entropy_slope=has_entropy_slope,
+        sequence_lengths=lengths,
+        return_aux_loss=return_aux_loss,
     )
-    return _call(model, pack, request)
+    return _call(model, scored, request)
 
 
-def _call(model: nn.Module, pack: Pack, request: ScoreRequest) -> Any:
+def _request(scored: Scored, temperature: float, **wanted: Any) -> ScoreRequest:
+    return ScoreRequest(
+        predict=scored.predict, targets=scored.targets, temperature=temperature, width=scored.width, **wanted
+    )
+
+
+def _call(model: nn.Module, scored: Scored, request: ScoreRequest) -> Any:
+    if isinstance(scored, PaddedRows):
+        return model(**scored.model_inputs, use_cache=False, score=request)
     if is_packed(model):
-        plan = AttentionPlan(pack.layout)
-        return model(
-            input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False, layout=plan, score=request
-        )
-    if len(pack.layout.query_lengths) != 1 or pack.layout.key_index is not None:
+        plan = AttentionPlan(scored.layout)
+        inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids}
+        with running_packs():
+            return model(**inputs, use_cache=False, layout=plan, score=request)
+    if len(scored.layout.query_lengths) != 1 or scored.layout.key_index is not None:
         raise ValueError(
             "pack must hold one row outside packed_attention, "
-            f"got {len(pack.row_ids)} rows in {len(pack.layout.query_lengths)} segments"
+            f"got {len(scored.row_ids)} rows in {len(scored.layout.query_lengths)} segments"
         )
-    return model(input_ids=pack.input_ids, use_cache=False, score=request)
+    return model(input_ids=scored.input_ids, use_cache=False, score=request)
 
 
 def check_scoring(model: nn.Module) -> None:
@@ -166,7 +190,7 @@ def check_scoring(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     num_tokens = CHECK_PROMPT + 2 * CHECK_COMPLETION
     ids = torch.randint(0, lm.get_input_embeddings().weight.shape[0], (num_tokens,), generator=generator)
-    ids = ids.clamp_(max=lm.config.vocab_size - 1).to(device)
+    ids = ids.clamp_(max=lm.config.get_text_config().vocab_size - 1).to(device)
     prompt, completions = ids[:CHECK_PROMPT], ids[CHECK_PROMPT:].view(2, CHECK_COMPLETION)
     rows = torch.cat([prompt.expand(2, -1), completions], 1)
     packs = [_check_pack(prompt, completions)]
@@ -264,19 +288,58 @@ def _scoring_lm(original: Forward) -> Forward:
     def forward(self: Any, *args: Any, score: ScoreRequest | None = None, **kwargs: Any) -> Any:
         if score is None:
             return original(self, *args, **kwargs)
-        decoder = self.get_decoder()
         # PEFT names every argument it knows, unset ones as None
         given = {name: value for name, value in kwargs.items() if value is not None}
-        hidden_TD = (self.base_model if decoder is self else decoder)(*args, **given)[0][0]
-        softcap, logit_scale = _logit_transform(self.config)
-        return self.get_output_embeddings()(
-            hidden_TD.index_select(0, score.predict.to(hidden_TD.device)),
+        if score.return_aux_loss:
+            given["output_router_logits"] = True
+        outputs = _backbone(self)(*args, **given)
+        hidden = outputs[0][:, -score.width :].flatten(0, 1)
+        softcap, logit_scale = _logit_transform(self.config.get_text_config())
+        results = self.get_output_embeddings()(
+            hidden.index_select(0, score.predict.to(hidden.device)),
             score=score,
             softcap=softcap,
             logit_scale=logit_scale,
         )
+        return *results, _aux_loss(self, outputs, given) if score.return_aux_loss else None
 
     return forward
+
+
+def _backbone(lm: Any) -> nn.Module:
+    """What turns token ids, and images, into hidden states."""
+    decoder = lm.get_decoder()
+    is_multimodal = lm.config.get_text_config() is not lm.config
+    return lm.base_model if is_multimodal or decoder is lm else decoder
+
+
+def aux_loss_coef(model: nn.Module, given: float | None) -> float:
+    """The weight of the auxiliary loss: what the user says, else what the model's config says, 0 for dense models.
+
+    Raises:
+        ValueError: If the user gives one to a model that is no mixture of experts.
+    """
+    lm = causal_lm(model)
+    config = lm.config.get_text_config()
+    is_mixture = hasattr(config, "output_router_logits")
+    if given and not is_mixture:
+        raise ValueError(
+            f"router_aux_loss_coef={given} needs a mixture of experts that returns its router logits, the model is "
+            f"{type(lm).__name__}"
+        )
+    coef = getattr(config, "router_aux_loss_coef", 0.0) if given is None else given
+    return float(coef) if is_mixture else 0.0
+
+
+def _aux_loss(lm: Any, outputs: Any, given: dict[str, Any]) -> Tensor:
+    """The load-balancing loss of a forward pass over its unpadded tokens (arXiv:2101.03961, eqs. 4 to 6)."""
+    # every family of transformers takes Mixtral's
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = lm.config.get_text_config()
+    num_experts = getattr(config, "num_experts", None) or config.num_local_experts
+    mask = given.get("attention_mask")
+    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, mask)
 
 
 def _scoring_head(original: Forward) -> Forward:
@@ -302,6 +365,7 @@ def _scoring_head(original: Forward) -> Forward:
                 temperature=score.temperature,
                 softcap=softcap,
                 logit_scale=logit_scale,
+                has_entropy_slope=score.has_entropy_slope,
                 sequence_lengths=score.sequence_lengths,
             )
             # a plain tuple: the hooks of FSDP look for tensors in nothing else

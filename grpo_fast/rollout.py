@@ -5,31 +5,49 @@ Letters: B rows, P padded prompt length, C padded completion length.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def pad(
-    rows: list[list[Any]], *, value: float, side: str, dtype: torch.dtype, multiple_of: int | None = None
+    tensors: list[Tensor],
+    padding_value: float = 0,
+    padding_side: str = "right",
+    pad_to_multiple_of: int | None = None,
 ) -> Tensor:
-    """Rows of different lengths as one tensor [B, longest], filled with `value` on `side` ("left" or "right")."""
-    width = max((len(row) for row in rows), default=0)
-    if multiple_of:
-        width = -(-width // multiple_of) * multiple_of
-    out = torch.full((len(rows), width), value, dtype=dtype)
-    for i, row in enumerate(rows):
-        if row:
-            where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            out[i, where] = torch.tensor(row, dtype=dtype)
+    """Tensors of one rank and different sizes as one, [len(tensors), greatest size of each dimension...].
+
+    Args:
+        tensors: At least one; 1-dimensional or more.
+        padding_value: Fills what they leave.
+        padding_side: Where the first dimension is filled, "left" or "right"; the others are filled on the right.
+        pad_to_multiple_of: The first dimension becomes a multiple of it.
+
+    Raises:
+        ValueError: If `padding_side` is neither.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side must be 'left' or 'right'; it is {padding_side!r}")
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    if pad_to_multiple_of is not None:
+        shape[0] = -(-shape[0] // pad_to_multiple_of) * pad_to_multiple_of
+    out = tensors[0].new_full((len(tensors), *shape), padding_value)
+    for row, tensor in zip(out, tensors, strict=True):
+        starts = [shape[0] - tensor.shape[0] if padding_side == "left" else 0] + [0] * (tensor.dim() - 1)
+        row[tuple(slice(o, o + size) for o, size in zip(starts, tensor.shape, strict=True))] = tensor
     return out
 
 
 def padded_batch(
     prompt_ids: list[list[int]],
     completion_ids: list[list[int]],
-    sampling_logps: list[list[float]] | None,
+    sampling_logps: Sequence[Sequence[float | None]] | None,
+    tool_mask: list[list[int]] | None = None,
     *,
     pad_token_id: int,
     multiple_of: int | None,
@@ -39,11 +57,13 @@ def padded_batch(
 
     Returns:
         `prompt_ids`, `prompt_mask` [B, P] and `completion_ids`, `completion_mask` [B, C], int64; and, if given,
-        `sampling_per_token_logps` [B, C] fp32, 0.0 where padded.
+        `sampling_per_token_logps` [B, C] fp32, 0.0 where padded and NaN where the sampler gave none, and `tool_mask`
+        [B, C] int64, 0 on tokens that the model did not write.
     """
 
     def padded(rows: list[list[Any]], value: float, side: str, dtype: torch.dtype = torch.long) -> Tensor:
-        return pad(rows, value=value, side=side, dtype=dtype, multiple_of=multiple_of).to(device)
+        tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+        return pad(tensors, value, side, multiple_of).to(device)
 
     batch = {
         "prompt_ids": padded(prompt_ids, pad_token_id, "left"),
@@ -52,7 +72,10 @@ def padded_batch(
         "completion_mask": padded([[1] * len(row) for row in completion_ids], 0, "right"),
     }
     if sampling_logps is not None:
-        batch["sampling_per_token_logps"] = padded(sampling_logps, 0.0, "right", torch.float32)
+        known = [[math.nan if logp is None else logp for logp in row] for row in sampling_logps]
+        batch["sampling_per_token_logps"] = padded(known, 0.0, "right", torch.float32)
+    if tool_mask is not None:
+        batch["tool_mask"] = padded(tool_mask, 1, "right")
     return batch
 
 
@@ -65,31 +88,42 @@ def unpadded_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
     ]
 
 
-def shuffle_rows(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its rows permuted by the global CPU generator, as TRL does, so that seeds give TRL's slices."""
-    permutation = torch.randperm(num_rows(batch))
-    return {name: _select(value, permutation) for name, value in batch.items()}
+def shuffle_sequence_dict(seq_dict: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its rows permuted by the global CPU generator, as TRL does, so that seeds give TRL's slices.
+
+    Tensors with rows and sequences of values (which become lists) are permuted; 0-dim tensors, text, None and what else
+    has no rows stay as they are.
+    """
+    permutation = torch.randperm(num_rows(seq_dict)).tolist()
+    return {
+        name: (value[permutation] if isinstance(value, Tensor) else [value[i] for i in permutation])
+        if _has_rows(value)
+        else value
+        for name, value in seq_dict.items()
+    }
 
 
-def split_rows(batch: dict[str, Any], num_slices: int) -> list[dict[str, Any]]:
-    """The batch cut into `num_slices` equal runs of rows; what has no rows (0-dim tensors, None) goes to each."""
+def split_tensor_dict(tensor_dict: dict[str, Any], num_chunks: int) -> list[dict[str, Any]]:
+    """The batch cut into `num_chunks` equal runs of rows; what has no rows goes to each.
+
+    As in TRL, rows that are too few for one more each are left out: a subclass that drops rows may leave such.
+    """
+    size = num_rows(tensor_dict) // num_chunks
     return [
-        {name: _select(value, rows) for name, value in batch.items()}
-        for rows in torch.arange(num_rows(batch)).chunk(num_slices)
+        {name: value[i * size : (i + 1) * size] if _has_rows(value) else value for name, value in tensor_dict.items()}
+        for i in range(num_chunks)
     ]
 
 
 def num_rows(batch: dict[str, Any]) -> int:
-    """B."""
-    return len(batch["completion_ids"])
+    """B, by the first entry that has rows."""
+    return len(next(value for value in batch.values() if _has_rows(value)))
 
 
-def _select(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if value.dim() else value
-    if isinstance(value, list):
-        return [value[i] for i in rows.tolist()]
-    return value
+def _has_rows(value: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def length_metrics(lengths: Tensor, is_truncated: Tensor) -> dict[str, float]:

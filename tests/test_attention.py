@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from grpo_fast import attention, tiled_attention
-from grpo_fast.attention import AttentionPlan, can_pack, causal_lm, is_packed, native_attention, packed_attention
+from grpo_fast.attention import (
+    AttentionPlan,
+    can_pack,
+    causal_lm,
+    is_packed,
+    native_attention,
+    packed_attention,
+    running_packs,
+)
 from grpo_fast.batch import Layout
-from tests.tiny_models import falcon, llama
+from tests.tiny_models import falcon, gemma2, llama
 
 # fp32 sums of some dozen products of unit normals, against float64
 FP32_ATOL = 2e-5
@@ -227,10 +237,28 @@ def test_the_model_is_found_inside_wrappers() -> None:
         causal_lm(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("build", [llama, gemma2])
+def test_calls_without_a_layout_get_the_model_s_own_attention(build) -> None:
+    """Also under gradient checkpointing, whose second forward pass runs in the backward pass."""
+    model = build().train()
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(3, 90, (2, 9))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
+    results = []
+    for context in (nullcontext, lambda: packed_attention(model)):
+        model.zero_grad()
+        with context():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 2:]
+            logits.square().sum().backward()
+        results.append((logits.detach(), model.model.layers[0].self_attn.q_proj.weight.grad.clone()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 def test_calls_that_packed_attention_would_answer_wrongly_are_refused() -> None:
     model, ids = llama(), torch.tensor([[5, 6, 7]])
     layout = make_layout([(3, 3)])
-    with packed_attention(model), pytest.raises(ValueError, match="layout must reach LlamaAttention"):
+    with packed_attention(model), running_packs(), pytest.raises(ValueError, match="layout must reach LlamaAttention"):
         model(ids, use_cache=False)
     states = draw_states(3, heads=4, kv_heads=2)
     layer = model.model.layers[0].self_attn

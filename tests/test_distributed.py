@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 SCRIPT = """
 import sys
 import torch
@@ -16,12 +18,12 @@ from tests.tiny_lm import make_model, make_tokenizer
 
 class Uneven(GRPOTrainer):
     def _generate(self, prompts):
-        prompt_ids, completion_ids, completions, logps = super()._generate(prompts)
+        prompt_ids, completion_ids, *rest = super()._generate(prompts)
         if self.accelerator.process_index == 1:
             # many packs, then one, then none
             keep = (9, 1, 0)[self.state.global_step]
             completion_ids = [ids[:keep] for ids in completion_ids]
-        return prompt_ids, completion_ids, completions, logps
+        return prompt_ids, completion_ids, *rest
 
 
 trainer = Uneven(
@@ -45,17 +47,36 @@ assert not torch.equal(weights, before), "nothing was trained"
 """
 
 
-def test_processes_stay_together(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def launch(arguments, num_processes):
+    """Run a script or module with this checkout in its path."""
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(script), str(tmp_path / "out")],
+        [*command, *arguments],
         env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_processes_stay_together(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch([str(script), str(tmp_path / "out")], 2)
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    """Every loss type, with different numbers of packs in the processes, and with a process that has no tokens."""
+    for num_processes in (1, 2):
+        launch(["-m", "tests.gradients_of_processes", str(tmp_path / str(num_processes))], num_processes)
+    one, two = (torch.load(tmp_path / name) for name in ("1", "2"))
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        # fp32: the same sums in another order
+        assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert gradient.norm() > 1e-3, name

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from grpo_fast.importance import Correction
-from grpo_fast.loss import Objective, PackLoss, row_weights
-from grpo_fast.metrics import Stats, to_metrics
+from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, row_weights
+from grpo_fast.metrics import Stats, loss_metrics, sampler_metrics
+from grpo_kernels.options import PolicyOptions
 
 B, C = 4, 5
 LENGTHS = [5, 3, 0, 4]
@@ -30,18 +31,25 @@ def make_inputs(**extra):
     return inputs | extra, logps, mask
 
 
-def make_objective(**changes):
-    settings = {
-        "loss_type": "grpo",
-        "epsilon_low": 0.2,
-        "epsilon_high": 0.3,
-        "delta": None,
-        "beta": 0.1,
-        "bias_correction_kl": True,
-        "max_completion_length": 8,
-        "correction": Correction(mode="sequence_truncate", clip_min=None, clip_max=2.0),
-    }
-    return Objective(**settings | changes)
+def make_objective(*, correction=None, max_completion_length=8, **changes):
+    options = {"loss_type": "grpo", "epsilon_high": 0.3, "beta": 0.1}
+    return Objective(
+        options=PolicyOptions(**options | changes),
+        correction=correction or Correction(mode="sequence_truncate", clip_min=None, clip_max=2.0),
+        max_completion_length=max_completion_length,
+    )
+
+
+def make_parts(rows, columns, inputs, weights, objective):
+    return RowsLoss(
+        rows_N=rows, columns_N=columns, inputs=inputs, weights_B=weights, objective=objective, bonus=Bonus()
+    )
+
+
+def metrics_of(stats, objective):
+    vector = stats.vector()[None]
+    metrics = loss_metrics(vector, objective.options, has_bonus=False, has_aux_loss=False, policy_scale=1.0)
+    return metrics | sampler_metrics(vector[None])
 
 
 def packed(inputs, logps, mask, objective, splits=((0, 1), (2, 3))):
@@ -53,17 +61,17 @@ def packed(inputs, logps, mask, objective, splits=((0, 1), (2, 3))):
         accumulation=2,
         windows=2 / 4,
     )
-    total, stats = 0.0, Stats.empty(torch.device("cpu"))
+    total, stats = 0.0, base_stats(objective, inputs, mask)
     for split in splits:
         kept = mask.clone()
         kept[[i for i in range(B) if i not in split]] = False
         rows, columns = kept.nonzero(as_tuple=True)
         entropies = torch.full((len(rows),), 0.5)
-        parts = PackLoss(rows_N=rows, columns_N=columns, inputs=inputs, weights_B=weights, objective=objective)
-        terms = parts.differentiable(logps[rows, columns])
+        parts = make_parts(rows, columns, inputs, weights, objective)
+        terms = parts.differentiable(logps[rows, columns], entropies)
         loss, pack_stats = terms.loss.sum(), parts.stats(logps[rows, columns], entropies, terms)
         total, stats = total + loss, stats + pack_stats
-    return total, to_metrics(stats.vector()[None], has_kl=bool(objective.beta), has_sampler=True)
+    return total, metrics_of(stats, objective)
 
 
 def padded(inputs, logps, mask, objective):
@@ -73,7 +81,7 @@ def padded(inputs, logps, mask, objective):
     logps, old = logps.double(), exact["old_per_token_logps"]
     advantages = exact["advantages"] if exact["advantages"].dim() == 2 else exact["advantages"][:, None]
     ratio = (logps - old).exp()
-    clipped = ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high)
+    clipped = ratio.clamp(1 - objective.options.epsilon_low, 1 + objective.options.epsilon_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     weights = exact.get("importance_sampling_ratio")
     if weights is None:
@@ -82,7 +90,7 @@ def padded(inputs, logps, mask, objective):
     loss = loss * weights
     delta = exact["ref_per_token_logps"] - logps
     kl = (delta.exp() - delta - 1) * ratio
-    loss = (loss + objective.beta * kl) * mask
+    loss = (loss + objective.options.beta * kl) * mask
     lengths = mask.sum(1).clamp(min=1)
     per_loss_type = {
         "grpo": (loss.sum(1) / lengths).mean() / 2,
@@ -90,7 +98,7 @@ def padded(inputs, logps, mask, objective):
         "dr_grpo": loss.sum() / (B * objective.max_completion_length) / 2,
         "dapo": loss.sum() / (30 * 2 / 4),
     }
-    return per_loss_type[objective.loss_type], (kl * mask).sum() / mask.sum(), weights
+    return per_loss_type[objective.options.loss_type], (kl * mask).sum() / mask.sum(), weights
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
@@ -127,7 +135,6 @@ def test_metrics():
     tokens = mask.sum()
     row_share = [(part.sum(1) / mask.sum(1))[mask.any(1)] for part in (low, high)]
     _, _, weights = padded(inputs, logps, mask, make_objective())
-    weights = weights[mask.any(1)]
     difference = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs()[mask]
     expected = {
         "entropy": 0.5,
@@ -147,17 +154,20 @@ def test_metrics():
 
 
 def test_no_tokens_give_no_metric_but_nan():
-    metrics = to_metrics(Stats.empty(torch.device("cpu")).vector()[None], has_kl=False, has_sampler=True)
+    objective = make_objective(beta=0.0, correction=Correction(mode="token_mask", clip_min=None, clip_max=2.0))
+    inputs, _, mask = make_inputs()
+    metrics = metrics_of(base_stats(objective, inputs, torch.zeros_like(mask)), objective)
     assert metrics["entropy"] == 0
     assert math.isnan(metrics["clip_ratio/low_min"])
-    assert math.isnan(metrics["sampling/importance_sampling_ratio/max"])
+    assert metrics["sampling/importance_sampling_ratio/max"] == 0
+    assert sampler_metrics(Stats.empty(mask.device).vector()[None, None]) == {}
 
 
 def test_advantages_of_another_dtype_are_named():
     inputs, _, mask = make_inputs(advantages=torch.zeros(B).double())
     rows, columns = mask.nonzero(as_tuple=True)
     with pytest.raises(ValueError, match="weights must be like advantages_N"):
-        PackLoss(rows_N=rows, columns_N=columns, inputs=inputs, weights_B=torch.ones(B), objective=make_objective())
+        make_parts(rows, columns, inputs, torch.ones(B), make_objective())
 
 
 @pytest.mark.parametrize("mode", ["token_mask", "sequence_truncate"])
@@ -169,9 +179,10 @@ def test_slopes_of_some_rows_are_the_gradient_of_all(mode, missing):
     objective = make_objective(correction=Correction(mode=mode, clip_min=None, clip_max=2.0))
     rows, columns = mask.nonzero(as_tuple=True)
     weights = torch.rand(B, generator=torch.Generator().manual_seed(1))
-    parts = PackLoss(rows_N=rows, columns_N=columns, inputs=inputs, weights_B=weights, objective=objective)
-    (expected,) = torch.autograd.grad(parts.differentiable(logps[rows, columns]).loss.sum(), logps)
-    values, entropies = logps.detach()[rows, columns], torch.zeros(len(rows))
+    parts = make_parts(rows, columns, inputs, weights, objective)
+    entropies = torch.zeros(len(rows))
+    (expected,) = torch.autograd.grad(parts.differentiable(logps[rows, columns], entropies).loss.sum(), logps)
+    values = logps.detach()[rows, columns]
     assert parts.needs_whole_rows == (mode == "sequence_truncate")
     for start, stop in [(0, LENGTHS[0]), (LENGTHS[0], len(rows))]:
         terms = parts.of_rows(values[start:stop], entropies[start:stop], slice(start, stop))

@@ -89,7 +89,7 @@ def packed(
     logps, entropies = {}, {}
     for pack in packs:
         with packed_attention(model) if not one_row_per_pack else nullcontext():
-            logp, entropy = score(model, pack, temperature=TEMPERATURE, return_entropy=True)
+            logp, entropy, _ = score(model, pack, temperature=TEMPERATURE, return_entropy=True)
             assert entropy is not None
             assert logp.dtype == entropy.dtype == torch.float32
             both = [weights_of(row, len(completions[row])) for row in pack.row_ids]

@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo_fast.rollout import length_metrics, pad, padded_batch, shuffle_rows, split_rows, unpadded_rows
+from grpo_fast.rollout import length_metrics, pad, padded_batch, shuffle_sequence_dict, split_tensor_dict, unpadded_rows
 
 PROMPTS = [[1, 2, 3], [4]]
 COMPLETIONS = [[5], []]
@@ -31,7 +31,7 @@ def test_pads_to_a_multiple():
 
 
 def test_all_completions_empty():
-    assert pad([[], []], value=0, side="right", dtype=torch.long).shape == (2, 0)
+    assert pad([torch.tensor([]), torch.tensor([])]).shape == (2, 0)
 
 
 def test_shuffle_keeps_rows_together_and_follows_the_seed():
@@ -39,13 +39,13 @@ def test_shuffle_keeps_rows_together_and_follows_the_seed():
     torch.manual_seed(3)
     permutation = torch.randperm(8)
     torch.manual_seed(3)
-    shuffled = shuffle_rows(
+    shuffled = shuffle_sequence_dict(
         {"completion_ids": rows[:, None], "advantages": rows * 2, "num_items_in_batch": torch.tensor(9), "tag": None}
     )
     assert shuffled["completion_ids"].flatten().tolist() == permutation.tolist()
     assert shuffled["advantages"].tolist() == (2 * permutation).tolist()
     assert shuffled["num_items_in_batch"] == 9
-    assert [s["completion_ids"].shape[0] for s in split_rows(shuffled, 4)] == [2, 2, 2, 2]
+    assert [s["completion_ids"].shape[0] for s in split_tensor_dict(shuffled, 4)] == [2, 2, 2, 2]
 
 
 def test_length_metrics_when_nothing_terminates():

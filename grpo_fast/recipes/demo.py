@@ -167,7 +167,7 @@ def _measure(trainer: GRPOTrainer, preset: Preset, heldout: datasets.Dataset) ->
         trainer.processing_class,
         heldout,
         preset.accuracy_func,
-        max_tokens=trainer.sampling.max_tokens,
+        max_tokens=trainer.max_completion_length,
         num_samples=preset.num_samples,
         seed=trainer.args.seed,
     )
@@ -190,12 +190,12 @@ def _make_config(
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         logger.warning("vLLM is not installed: transformers' generate takes its place")
         engine = "transformers"
+    is_vllm = engine == "vllm"
     settings: dict[str, Any] = {
-        **preset.config,
+        **{name: value for name, value in preset.config.items() if is_vllm or not name.startswith("vllm_")},
         "output_dir": str(folder),
         "seed": seed,
-        "use_vllm": engine == "vllm",
-        "vllm_mode": "colocate",
+        "use_vllm": is_vllm,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",

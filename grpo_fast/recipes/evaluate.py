@@ -126,6 +126,6 @@ def _score(rows: list[dict[str, Any]], texts: list[str], accuracy_func: Accuracy
     repeated = [row for row in rows for _ in range(repeats)]
     columns = {name: [row[name] for row in repeated] for name in rows[0] if name != "prompt"}
     completions: list[Any] = list(texts)
-    if is_conversational(rows[0]["prompt"]):
+    if is_conversational(rows[0]):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
     return accuracy_func(prompts=[row["prompt"] for row in repeated], completions=completions, **columns)

@@ -1,75 +1,87 @@
-"""`GRPOTrainer`: the order of the steps. What each step does lives in the part it calls."""
+"""`GRPOTrainer`: what a run is made of. What each step does lives in the part it calls."""
 
 from __future__ import annotations
 
-import logging
+import math
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.utils import logging
 
-from grpo_fast import loading
-from grpo_fast.attention import can_pack, native_attention, packed_attention
-from grpo_fast.batch import Sampling
+from grpo_fast import adapters, data, loading, reference
+from grpo_fast.attention import adds_virtual_tokens, can_pack, native_attention
+from grpo_fast.compatibility import refuse_patched_library
 from grpo_fast.completions import CompletionLog
 from grpo_fast.config import GRPOConfig, as_dict
-from grpo_fast.data import (
-    RepeatSampler,
-    check_chat_template,
-    check_dataset,
-    check_prompt_lengths,
+from grpo_fast.generation import (
+    VLLMEngine,
+    VLLMGeneration,
+    context_length,
+    make_engine,
+    require_vllm,
+    unwrap_model_for_generation,
 )
-from grpo_fast.generation import Engine, context_length, make_engine, require_vllm
-from grpo_fast.importance import Correction
 from grpo_fast.interrupt import SaveOnInterrupt
-from grpo_fast.loss import Objective
-from grpo_fast.metrics import PhaseTimer, StepTimer, mean_without_nan
-from grpo_fast.policy import check_scoring, install_scoring
-from grpo_fast.rewards import RewardFunc, RewardFunctions
+from grpo_fast.metrics import PhaseTimer, StepTimer
+from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
+from grpo_fast.rewards import RewardFunc, check_rewards, make_rewards
+from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
+from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
+from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from TRL's module of this name
+from grpo_fast.trainer.reporting import ReportingTrainer
 from grpo_fast.trainer.rollouts import RolloutTrainer
 
-logger = logging.getLogger(__name__)
-
-SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
+logger = logging.get_logger(__name__)
 
 
-class GRPOTrainer(RolloutTrainer):
+class SupportsReset(Protocol):
+    """An environment: `reset` begins an episode and may show something; other public methods are tools."""
+
+    def reset(self, **row: Any) -> str | list[dict[str, Any]] | None: ...
+
+
+RolloutFunc = Callable[[list[Any], "GRPOTrainer"], dict[str, Any]]
+EnvironmentFactory = Callable[[], SupportsReset]
+
+
+class GRPOTrainer(RolloutTrainer, DataTrainer, ReportingTrainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) with TRL 1.16's arguments and numbers.
 
     Args:
-        model: A folder or hub id, a causal LM, or a `PeftModel`.
-        reward_funcs: One reward function or several, called as in TRL; see `grpo_fast.rewards.RewardFunctions`.
+        model: A folder or hub id, a model (causal or vision-language), or a `PeftModel`.
+        reward_funcs: One source of rewards or several, called as in TRL: functions (also async), folders or hub ids of
+            sequence classifiers, modules.
         args: The settings; None means `GRPOConfig("{model name}-GRPO")`.
-        train_dataset: A `datasets.Dataset` with a `prompt` column (text or messages); its other columns are passed to
-            the reward functions.
+        train_dataset: A data set with a `prompt` column (text or messages); its other columns are passed to the reward
+            functions. None where an environment brings the prompts.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer; None loads the one at the model's path.
-        reward_processing_classes: For reward models, which are not supported: must be None.
+        processing_class: The tokenizer or processor; None loads the one at the model's path.
+        reward_processing_classes: Tokenizers of reward models; None loads theirs.
         callbacks: As in `transformers.Trainer`.
         optimizers: As in `transformers.Trainer`.
-        quantization_config: Not supported: must be None.
+        quantization_config: How a model given by name is quantised.
         peft_config: A new adapter to train on a frozen model.
-        tools: Not supported: must be None.
-        rollout_func: Not supported: must be None.
-        environment_factory: Not supported: must be None.
+        tools: Functions that completions may call.
+        rollout_func: Takes the place of generation: `rollout_func(prompts, trainer)` returns `prompt_ids`,
+            `completion_ids`, `logprobs` and further fields for the reward functions.
+        environment_factory: Makes environments, or a dict of such by the column `environment`.
 
     Raises:
         ValueError: For every mistake in the arguments that can be told without training; the message names the
             argument, what was needed and what came.
-        ImportError: If `use_vllm=True` and vLLM is not installed.
+        TypeError: If an argument is of a type that cannot be used.
+        ImportError: If `use_vllm=True` and vLLM is not installed, or `peft_config` is given and peft is not.
     """
 
-    _tag_names = ("grpo-fast", "grpo")
-    _name = "GRPO"
     # the loss is divided by the accumulation steps here
     loss_is_scaled_for_ga = True
 
@@ -78,186 +90,217 @@ class GRPOTrainer(RolloutTrainer):
         model: str | PreTrainedModel | nn.Module,
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: GRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        reward_processing_classes: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
-        tools: Any = None,
-        rollout_func: Any = None,
-        environment_factory: Any = None,
+        tools: list[Callable[..., Any]] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
     ) -> None:
-        unsupported = {
-            "reward_processing_classes": reward_processing_classes,
-            "quantization_config": quantization_config,
-            "tools": tools,
-            "rollout_func": rollout_func,
-            "environment_factory": environment_factory,
-        }
-        for name, value in unsupported.items():
-            if value is not None:
-                raise ValueError(f"{name} is not supported; leave it None")
-        model_name = model if isinstance(model, str) else str(model.config._name_or_path)  # type: ignore[union-attr]
-        args = GRPOConfig(f"{model_name.rstrip('/').split('/')[-1] or 'model'}-GRPO") if args is None else args
-        self.reward_functions = RewardFunctions(reward_funcs, args.reward_weights)
-        tokenizer = self._checked_tokenizer(model, model_name, args, train_dataset, eval_dataset, processing_class)
+        refuse_patched_library()
+        args = _settled_args(args, model)
+        if rollout_func is not None:
+            warn_experimental("rollout_func")
+        # all that needs no weights first
+        config = loading.load_config(model, args)
+        processing_class = self._settle_processing_class(model, args, processing_class)
+        toolbox = make_toolbox(
+            processing_class,
+            tools,
+            environment_factory,
+            chat_template_kwargs=as_dict(args.chat_template_kwargs),
+            eos_token_ids=loading.declared_eos_token_ids(config),
+        )
+        environment_rewards = toolbox.environment_rewards if toolbox else []
+        check_rewards(reward_funcs, reward_processing_classes, args, environment_rewards=environment_rewards)
+        train_dataset = data.settle_train_dataset(train_dataset, args, environment_factory)
+        self._check_datasets(train_dataset, eval_dataset, args, config, processing_class, toolbox)
+        settle_stream_loading(args, train_dataset, eval_dataset)
+        if args.use_vllm:
+            require_vllm()
 
         set_seed(args.seed)
-        if isinstance(model, str):
-            model = loading.load_model(model, args)
-        elif args.model_init_kwargs:
-            logger.warning("model_init_kwargs is ignored: the model was passed as an instance")
-        if peft_config is not None:
-            model = loading.add_adapter(model, peft_config, args)
-        elif hasattr(model, "disable_adapter"):
-            loading.check_adapter(model)
-            if args.beta:
-                raise ValueError(
-                    f"beta={args.beta} with a PeftModel is not supported; pass the base model, peft_config"
-                )
-        if args.disable_dropout:
-            loading.disable_dropout(model)
-        install_scoring(model)
-        check_scoring(model)
-        self.unpackable = can_pack(model)
-        if self.unpackable is not None:
-            logger.warning("%s cannot be packed (%s): rows run one by one", type(model).__name__, self.unpackable)
-        self.ref_model = loading.make_reference(model) if args.beta else None
-
+        model = self._settle_model(model, args, quantization_config, peft_config)
+        rewards = make_rewards(reward_funcs, reward_processing_classes, args, environment_rewards=environment_rewards)
+        self.reward_funcs, self.reward_func_names = rewards.functions, rewards.names
+        self.reward_processing_classes, self.reward_weights = rewards.processing_classes, rewards.weights
         self._read_settings(args)
+        self._settle_tools(toolbox, rollout_func)
+        self.ref_model = reference.make_reference(model, args)
         self._interrupt = SaveOnInterrupt()
         super().__init__(
             model=model,
             args=args,
-            data_collator=_identity,
+            data_collator=identity,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            processing_class=processing_class,
             callbacks=[*(callbacks or []), self._interrupt, StepTimer(self.timer, self._metrics["train"])],
             optimizers=optimizers,
         )
-        self._mirror_special_tokens(tokenizer)
+        loading.refuse_data_parallel(args)
+        self._prepare_reporting()
+        self._prepare_reward_models()
         if self.ref_model is not None:
-            install_scoring(self.ref_model)
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = reference.prepare_reference(self, self.ref_model)
+            if args.sync_ref_model:
+                self.add_callback(reference.SyncRefModelCallback(self.ref_model, self.accelerator))
         self.model.add_model_tags(list(self._tag_names))
         # each process samples differently
         set_seed(args.seed, device_specific=True)
-        self.engine = self._make_engine(args)
+        self._start_engine()
 
-    @staticmethod
-    def _checked_tokenizer(
-        model: Any,
-        name: str,
+    # -- settling the arguments ----------------------------------------------------------------------------------------
+
+    def _settle_processing_class(
+        self, model: Any, args: GRPOConfig, processing_class: Any
+    ) -> PreTrainedTokenizerBase | ProcessorMixin:
+        if processing_class is None:
+            processing_class = loading.load_processing_class(model, args)
+        self._tokenizer = loading.prepare_tokenizer(processing_class)
+        self._is_vlm = isinstance(processing_class, ProcessorMixin)
+        if self._is_vlm and args.use_transformers_continuous_batching:
+            raise ValueError(
+                "use_transformers_continuous_batching=True generates from text alone, processing_class is a processor; "
+                "use use_vllm=True"
+            )
+        if self._is_vlm:
+            loading.find_unused_parameters(args)
+            if args.max_prompt_length is not None:
+                raise ValueError(
+                    f"max_prompt_length={args.max_prompt_length} would cut images out of prompts: leave it None with a "
+                    "processor, and drop long prompts from the data set"
+                )
+        return processing_class
+
+    def _check_datasets(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any,
         args: GRPOConfig,
-        train_dataset: Dataset | None,
-        eval_dataset: Dataset | dict[str, Dataset] | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> PreTrainedTokenizerBase:
-        """The tokenizer, after every check that needs no weights."""
-        check_dataset(train_dataset, "train_dataset")
-        datasets = {"train_dataset": train_dataset}
-        if isinstance(eval_dataset, dict):
-            datasets |= {f"eval_dataset[{key!r}]": value for key, value in eval_dataset.items()}
-        elif eval_dataset is not None:
-            datasets["eval_dataset"] = eval_dataset
-        if args.use_vllm:
-            require_vllm()
-        context = context_length(loading.load_config(model, args))
-        if tokenizer is None:
-            tokenizer = loading.load_tokenizer(name, args)
-        elif not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(f"processing_class must be a tokenizer, it is {type(tokenizer).__name__}")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        for key, dataset in datasets.items():
-            check_dataset(dataset, key)
-            check_chat_template(dataset, tokenizer, key)
-            check_prompt_lengths(dataset, tokenizer, key, context, as_dict(args.chat_template_kwargs))
-        return tokenizer
+        config: Any,
+        processing_class: Any,
+        toolbox: Toolbox | None,
+    ) -> None:
+        has_environment = toolbox is not None and toolbox.environments is not None
+        for name, dataset in {"train_dataset": train_dataset, **data.named_eval_datasets(eval_dataset)}.items():
+            data.check_dataset(dataset, name, has_environment=has_environment)
+            data.check_chat_template(dataset, processing_class, name)
+            if toolbox is not None:
+                data.check_conversational(dataset, name)
+            data.check_prompt_lengths(
+                dataset,
+                self._tokenizer,
+                name,
+                context_length(config),
+                as_dict(args.chat_template_kwargs),
+                max_prompt_length=args.max_prompt_length,
+            )
+
+    def _settle_model(self, model: Any, args: GRPOConfig, quantization_config: Any, peft_config: Any) -> nn.Module:
+        """The policy, ready to be scored; and how its rows run."""
+        if isinstance(model, str):
+            model = loading.load_model(model, args, quantization_config)
+        else:
+            loading.warn_of_ignored_settings(args, quantization_config)
+        loading.mirror_pad_token(model, self._tokenizer)
+        self.eos_token_ids = loading.eos_token_ids(model, self._tokenizer)
+        self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0
+        model = adapters.prepare_adapters(model, peft_config, args)
+        if args.disable_dropout:
+            loading.disable_dropout(model)
+        install_scoring(model)
+        check_scoring(model)
+        if args.cast_lm_head_to_fp32:
+            loading.cast_lm_head_to_fp32(model)
+        self.unpackable = can_pack(model)
+        self.pads_rows = self._is_vlm or self.aux_loss_enabled or adds_virtual_tokens(model)
+        if self.pads_rows:
+            logger.warning("%s: rows run padded, not packed", self._why_padded(model))
+        elif self.unpackable is not None:
+            logger.warning("%s cannot be packed (%s): rows run one by one", type(model).__name__, self.unpackable)
+        return model
+
+    def _why_padded(self, model: nn.Module) -> str:
+        if self._is_vlm:
+            return f"{type(model).__name__} sees images"
+        return "router_aux_loss_coef counts padded micro-batches" if self.aux_loss_enabled else str(self.unpackable)
+
+    def _settle_tools(self, toolbox: Toolbox | None, rollout_func: RolloutFunc | None) -> None:
+        self.toolbox, self.rollout_func = toolbox, rollout_func
+        self.tools = toolbox.tools if toolbox else []
+        self.chat_template = toolbox.chat_template if toolbox else None
+        self.environments = None
 
     def _read_settings(self, args: GRPOConfig) -> None:
-        """TRL's attributes, and the trainer's own state."""
-        self.reward_funcs = self.reward_functions.functions
-        self.reward_func_names = self.reward_functions.names
-        self.reward_weights = self.reward_functions.weights
+        """TRL's attributes, which users read and change; and the trainer's own state."""
         assert args.steps_per_generation is not None
-        assert args.generation_batch_size is not None
         self.steps_per_generation = args.steps_per_generation
-        self.prompts_per_generation = args.generation_batch_size // args.num_generations
-        self.num_generations = args.num_generations
         self.num_generations_eval = args.num_generations_eval or args.num_generations
-        self.num_iterations = args.num_iterations
-        self.max_completion_length = args.max_completion_length
-        self.temperature = args.temperature
-        assert not isinstance(args.pad_to_multiple_of, str)
-        self.pad_to_multiple_of = args.pad_to_multiple_of
-        self.beta = args.beta
+        iterations = args.max_tool_calling_iterations
+        self.max_tool_calling_iterations = sys.maxsize if iterations is None else iterations
         self.epsilon_low = args.epsilon
         self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-        self.loss_type = args.loss_type
-        self.scale_rewards = args.scale_rewards
-        self.use_vllm = args.use_vllm
-        self.shuffle_dataset = args.shuffle_dataset
-        self.mask_truncated_completions = args.mask_truncated_completions
         self.chat_template_kwargs = as_dict(args.chat_template_kwargs)
-        self.log_completions = args.log_completions
-        self.objective = Objective(
-            loss_type=args.loss_type,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            delta=args.delta,
-            beta=args.beta,
-            bias_correction_kl=args.use_bias_correction_kl,
-            max_completion_length=args.max_completion_length,
-            correction=Correction(
-                mode=args.vllm_importance_sampling_mode,
-                clip_min=args.vllm_importance_sampling_clip_min,
-                clip_max=args.vllm_importance_sampling_clip_max,
-            )
-            if args.use_vllm and args.vllm_importance_sampling_correction
-            else None,
-        )
-        self.sampling = Sampling(
-            max_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            extra=as_dict(args.generation_kwargs),
-        )
+        self.generation_kwargs = as_dict(args.generation_kwargs)
+        for name in SAME_NAMED:
+            setattr(self, name, getattr(args, name))
+        self._entropy_bonus_enabled = args.entropy_coef != 0 or args.use_adaptive_entropy
+        # no bonus before a window's entropy is known
+        self._last_world_entropy = math.inf
+        self._entropy_window_stats = None
         self.timer = PhaseTimer()
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._logs = CompletionLog(max_rows=args.generation_batch_size)
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._logs = CompletionLog(max_rows=args.generation_batch_size or 0)
         self._pending_stats: list[Tensor] = []
-        self._pending_metrics: dict[str, list[float]] = defaultdict(list)
-        self._pending_extra_logs: dict[str, list[Any]] = defaultdict(list)
+        self._pending_metrics = defaultdict(list)
+        self._pending_extra_logs = defaultdict(list)
         self._step = 0
         self._last_loaded_step = -1
-        self._buffered_inputs: list[dict[str, Any]] | None = None
+        self._buffered_inputs = None
         self._current_train_step_time = 0.0
 
-    def _mirror_special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        generation = self.model.generation_config
-        self.model.config.pad_token_id = tokenizer.pad_token_id
-        generation.pad_token_id = tokenizer.pad_token_id
-        ends = generation.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.eos_token_ids = sorted({i for i in (*ends, tokenizer.eos_token_id) if i is not None})
-
-    def _make_engine(self, args: GRPOConfig) -> Engine:
-        return make_engine(
+    def _start_engine(self) -> None:
+        self.engine = make_engine(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
-            args,
+            self.args,
             eos_token_ids=self.eos_token_ids,
             context=self._generation_context,
-            seed=args.seed + self.accelerator.process_index,
+            unwrap=self._unwrapped_for_generation,
+            seed=self.args.seed + self.accelerator.process_index,
         )
+        if isinstance(self.engine, VLLMEngine):
+            self.vllm_generation = VLLMGeneration(self.engine, lambda: self.accelerator.unwrap_model(self.model))
+
+    def _unwrapped_for_generation(self) -> AbstractContextManager[Any]:
+        return unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        )
+
+    @property
+    def generation_config(self) -> Any:
+        """What transformers' generate draws with; changes hold for the next rollout. vLLM has none."""
+        return getattr(self.engine, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        if self.use_vllm:
+            raise ValueError(
+                "generation_config is transformers' own; with use_vllm=True set trainer.vllm_generation's fields"
+            )
+        vars(self.engine)["generation_config"] = config
 
     @contextmanager
     def _generation_context(self) -> Iterator[None]:
@@ -265,31 +308,12 @@ class GRPOTrainer(RolloutTrainer):
         with native_attention(self.model), self.accelerator.autocast():
             yield
 
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt"]
+    @property
+    def _textual_logs(self) -> CompletionLog:
+        """`_logs` under its former name."""
+        return self._logs
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches of one generation each: `steps_per_generation` micro-batches."""
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self._train_batch_size * self.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
-        )
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
-        return RepeatSampler(
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.prompts_per_generation,
-            repeat_count=self.num_iterations * self.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler[int]:
-        return RepeatSampler(data_source=eval_dataset, mini_repeat_count=self.num_generations_eval, seed=self.args.seed)
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def training_step(
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
@@ -297,11 +321,11 @@ class GRPOTrainer(RolloutTrainer):
         """One micro-batch: generate if it is time, then forward and backward."""
         start = time.perf_counter()
         # in force through the backward pass: gradient checkpointing runs the layers again there
-        with packed_attention(self.model), self.timer.phase("train"):
+        with self._scoring_attention(self.model), self.timer.phase("train"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._step += 1
         self._current_train_step_time += time.perf_counter() - start
-        if self._step % self.current_gradient_accumulation_steps == 0:
+        if self.accelerator.sync_gradients:
             self._metrics["train"]["step_time"].append(self._current_train_step_time)
             self._current_train_step_time = 0.0
             self._flush_stats()
@@ -316,28 +340,68 @@ class GRPOTrainer(RolloutTrainer):
     ) -> tuple[Tensor, None, None]:
         """Generate for a batch and compute its loss."""
         batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), packed_attention(self.model):
+        with torch.no_grad(), self._scoring_attention(self.model):
             loss = self.compute_loss(model, batch)
-        return loss.detach(), None, None
-
-    def log(self, logs: dict[str, float | None], start_time: float | None = None) -> None:
-        """Add the means of the metrics since the last log, then log as `Trainer` does, and show the completions."""
-        self._flush_stats()
-        mode = self._mode
-        for name, values in self._metrics[mode].items():
-            logs[name if mode == "train" else f"eval_{name}"] = mean_without_nan(values)
-        super().log(logs, start_time)
-        self._metrics[mode].clear()
-        if self.log_completions and self.accelerator.is_main_process and self._logs["prompt"]:
-            self._logs.print_table(self.state.global_step, self.args.num_completions_to_print)
-            self._logs.write(self.state.global_step, Path(self.args.output_dir) / "completions")
-            self._logs.send(self.state.global_step, self.args.report_to, self.args.log_unique_prompts)
+        return loss.mean().detach(), None, None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; Ctrl-C or SIGTERM finishes the step and leaves a checkpoint."""
+        # an earlier run may have ended within a generation batch
+        self._step, self._buffered_inputs = 0, None
         with self._interrupt.installed():
             return super().train(*args, **kwargs)
 
 
-def _identity(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+# settings that are attributes of the trainer under their own name, as in TRL
+SAME_NAMED = (
+    "num_generations",
+    "num_iterations",
+    "max_completion_length",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "use_transformers_continuous_batching",
+    "pad_to_multiple_of",
+    "shuffle_dataset",
+    "beta",
+    "loss_type",
+    "importance_sampling_level",
+    "scale_rewards",
+    "multi_objective_aggregation",
+    "mask_truncated_completions",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "use_vllm",
+    "vllm_mode",
+    "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size",
+    "vllm_importance_sampling_correction",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+    "log_completions",
+    "log_multimodal",
+    "log_unique_prompts",
+    "num_completions_to_print",
+)
+
+
+def _settled_args(args: GRPOConfig | None, model: Any) -> GRPOConfig:
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config._name_or_path)
+        return GRPOConfig(f"{name.rstrip('/').split('/')[-1] or 'model'}-GRPO")
+    if not isinstance(args, GRPOConfig):
+        raise TypeError(
+            f"args must be a grpo_fast.GRPOConfig, it is {type(args).__module__}.{type(args).__name__}: import "
+            "GRPOConfig from grpo_fast"
+        )
+    return args
+
+
+def identity(rows: Any) -> Any:
+    """The data collator: rows stay a list of dicts."""
     return rows

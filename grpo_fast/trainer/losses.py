@@ -1,175 +1,109 @@
-"""Scoring and loss: from a padded micro-batch to packs, log-probs, and gradients pack by pack."""
+"""The loss of a padded micro-batch: swept pack by pack, or of one graph where something needs it whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers.utils import logging
 
-from grpo_fast.batch import Pack
-from grpo_fast.config import GRPOConfig
-from grpo_fast.loss import Objective, PackLoss, row_weights
-from grpo_fast.metrics import Stats, to_metrics
-from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast import multimodal
+from grpo_fast.batch import Pack, PaddedRows
+from grpo_fast.importance import Correction
+from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, gamma_weights, off_policy_mask, row_weights
+from grpo_fast.metrics import Stats, loss_metrics, sampler_metrics
 from grpo_fast.policy import score, score_loss
-from grpo_fast.rollout import unpadded_rows
-from grpo_kernels import PolicyLoss
+from grpo_fast.trainer.scoring import ScoringTrainer
+from grpo_kernels import PolicyLoss, entropy_quantile
+from grpo_kernels.options import CLIPPED_LOSSES, PolicyOptions
 from grpo_kernels.rows import joined
 
-SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
+logger = logging.get_logger(__name__)
+
+# methods whose override wants the whole micro-batch in one graph
+LOSS_SEAMS = ("compute_loss", "_compute_loss")
+SCORING_SEAM = "_get_per_token_logps_and_entropies"
+# no entropy is as low
+NO_ENTROPY = -1.0
 
 
-class LossTrainer(Trainer):
-    """The half of `GRPOTrainer` that scores rows and computes their loss."""
+class LossTrainer(ScoringTrainer):
+    """The part of `GRPOTrainer` that computes the loss, its gradients and its metrics."""
 
-    args: GRPOConfig
-    objective: Objective
-    temperature: float
     steps_per_generation: int
-    unpackable: str | None
+    max_completion_length: int
+    beta: float
+    epsilon_low: float
+    epsilon_high: float
+    loss_type: str
+    importance_sampling_level: str
+    off_policy_mask_threshold: float | None
+    top_entropy_quantile: float
+    entropy_coef: float
+    use_adaptive_entropy: bool
+    router_aux_loss_coef: float
+    use_vllm: bool
+    vllm_importance_sampling_correction: bool
+    vllm_importance_sampling_mode: str
+    vllm_importance_sampling_clip_min: float | None
+    vllm_importance_sampling_clip_max: float | None
+    _entropy_bonus_enabled: bool
+    _last_world_entropy: float
+    _entropy_window_stats: Tensor | None
     _metrics: dict[str, dict[str, list[float]]]
     _pending_stats: list[Tensor]
+    _pending_objective: Objective
+    _pending_accumulation: float
 
     @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _packs(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> list[Pack]:
-        """The unmasked tokens of padded rows as packs, whose columns are those of `completion_ids`."""
-        device = self.accelerator.device
-        packs = pack_rows(
-            unpadded_rows(prompt_ids, prompt_mask),
-            unpadded_rows(completion_ids, completion_mask),
-            max_tokens=self.args.max_tokens_per_pack or default_max_tokens(device),
-            share_prompts=SHARE_PROMPTS[self.args.share_prompts],
-            one_row_per_pack=self.unpackable is not None,
-        )
-        # a mask may have holes: the n-th kept token of a row stands in the column of the n-th 1
-        column_of = completion_mask.bool().sort(dim=1, descending=True, stable=True).indices
-        packs = [pack.to(device) for pack in packs]
-        return [replace(pack, columns=column_of[pack.rows, pack.columns]) for pack in packs]
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: nn.Module,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-    ) -> tuple[Tensor, Tensor | None, None]:
-        """Log-probs and entropies of the last `logits_to_keep` positions, [B, C] fp32, 0.0 where masked.
-
-        `batch_size` is TRL's and has no effect: rows are packed under `max_tokens_per_pack`. The third value is TRL's
-        auxiliary loss, None.
-        """
-        start = input_ids.shape[1] - logits_to_keep
-        prompt, completion = slice(None, start), slice(start, None)
-        packs = self._packs(
-            input_ids[:, prompt], attention_mask[:, prompt], input_ids[:, completion], attention_mask[:, completion]
-        )
-        logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
-        entropies = torch.zeros_like(logps) if compute_entropy else None
-        for pack in packs:
-            with self.accelerator.autocast():
-                logps_N, entropies_N = score(model, pack, temperature=self.temperature, return_entropy=compute_entropy)
-            logps = pack.unpack(logps_N, logps)
-            if entropies is not None and entropies_N is not None:
-                entropies = pack.unpack(entropies_N, entropies)
-        return logps, entropies, None
-
-    def _row_weights(self, inputs: dict[str, Any]) -> Tensor:
-        is_training = self._mode == "train"
-        accumulation = self.current_gradient_accumulation_steps if is_training else 1
-        return row_weights(
-            inputs["completion_mask"].sum(dim=1),
-            objective=self.objective,
-            num_items_per_process=inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes,
-            accumulation=accumulation,
-            windows=accumulation / self.steps_per_generation if is_training else 1,
+    def _correction(self) -> Correction | None:
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return None
+        return Correction(
+            mode=self.vllm_importance_sampling_mode,
+            clip_min=self.vllm_importance_sampling_clip_min,
+            clip_max=self.vllm_importance_sampling_clip_max,
         )
 
-    def _pack_losses(
-        self, model: nn.Module, inputs: dict[str, Any], *, is_eager: bool = True
-    ) -> Iterator[tuple[bool, Tensor, Stats]]:
-        """Each pack's loss, and whether it is the last.
-
-        `is_eager`: the backward pass of one pack precedes the next. Then the head computes the loss with its gradients;
-        else those of all packs would be alive at once, and the loss gets an ordinary graph.
-        """
-        if self._is_overridden("_get_per_token_logps_and_entropies"):
-            yield True, *self._padded_loss(model, inputs)
-            return
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        packs = self._packs(*(inputs[name] for name in names))
-        if not packs:
-            yield True, self._zero_loss(model, inputs), Stats.empty(self.accelerator.device)
-        weights = self._row_weights(inputs)
-        for i, pack in enumerate(packs):
-            is_last = i == len(packs) - 1
-            parts = PackLoss(
-                rows_N=pack.rows, columns_N=pack.columns, inputs=inputs, weights_B=weights, objective=self.objective
-            )
-            # gradients travel between processes once, with the last pack; DDP decides that in the forward pass
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
-                yield is_last, *(self._swept(model, pack, parts) if is_eager else self._graphed(model, pack, parts))
-
-    def _swept(self, model: nn.Module, pack: Pack, parts: PackLoss) -> tuple[Tensor, Stats]:
-        terms: list[PolicyLoss] = []
-
-        def loss(logps: Tensor, entropies: Tensor, rows: slice) -> PolicyLoss:
-            terms.append(parts.of_rows(logps, entropies, rows))
-            return terms[-1]
-
-        with self.accelerator.autocast():
-            value, logps, entropies = score_loss(
-                model,
-                pack,
-                loss,
-                temperature=self.temperature,
-                sequence_lengths=pack.row_lengths if parts.needs_whole_rows else None,
-            )
-        return value, parts.stats(logps, entropies, joined(terms))
-
-    def _graphed(self, model: nn.Module, pack: Pack, parts: PackLoss) -> tuple[Tensor, Stats]:
-        with self.accelerator.autocast():
-            logps, entropies = score(model, pack, temperature=self.temperature, return_entropy=True)
-        assert entropies is not None
-        terms = parts.differentiable(logps)
-        return terms.loss.sum(), parts.stats(logps, entropies, terms)
-
-    def _padded_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Stats]:
-        """The loss from the log-probs that an overridden `_get_per_token_logps_and_entropies` gives."""
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        width = inputs["completion_ids"].shape[1]
-        logps, entropies, *_ = self._get_per_token_logps_and_entropies(model, ids, mask, width, compute_entropy=True)
-        assert entropies is not None
-        rows, columns = inputs["completion_mask"].nonzero(as_tuple=True)
-        parts = PackLoss(
-            rows_N=rows,
-            columns_N=columns,
-            inputs=inputs,
-            weights_B=self._row_weights(inputs),
-            objective=self.objective,
+    @property
+    def _objective(self) -> Objective:
+        """What the attributes say now: callbacks may anneal them."""
+        coef = None
+        if self._entropy_bonus_enabled:
+            is_low = self._last_world_entropy <= self.args.entropy_target
+            coef = self.entropy_coef if is_low or not self.use_adaptive_entropy else 0.0
+        args = self.args
+        options = PolicyOptions(
+            loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=args.delta if self.loss_type in CLIPPED_LOSSES else None,
+            beta=self.beta,
+            bias_correction_kl=args.use_bias_correction_kl,
+            sapo_temperature_pos=args.sapo_temperature_pos,
+            sapo_temperature_neg=args.sapo_temperature_neg,
+            vespo_k_pos=args.vespo_k_pos,
+            vespo_lambda_pos=args.vespo_lambda_pos,
+            vespo_k_neg=args.vespo_k_neg,
+            vespo_lambda_neg=args.vespo_lambda_neg,
+            off_policy_mask_threshold=self.off_policy_mask_threshold,
         )
-        terms = parts.differentiable(logps[rows, columns])
-        return terms.loss.sum(), parts.stats(logps[rows, columns], entropies[rows, columns], terms)
+        return Objective(
+            options=options,
+            correction=self._correction,
+            max_completion_length=self.max_completion_length,
+            entropy_coef=coef,
+            top_entropy_quantile=self.top_entropy_quantile,
+        )
 
-    def _zero_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """A loss of 0 that runs the model: a process without tokens still meets the others in the backward pass."""
-        first = inputs["prompt_ids"][:1, -1:]
-        (pack,) = self._packs(first, torch.ones_like(first), first, torch.ones_like(first))
-        with self.accelerator.autocast():
-            logps, _ = score(model, pack, temperature=self.temperature)
-        return 0.0 * logps.sum()
+    @property
+    def _accumulation(self) -> float:
+        """Micro-batches of this optimizer step; evaluation accumulates nothing."""
+        return self.current_gradient_accumulation_steps if self._mode == "train" else 1
 
     def compute_loss(
         self,
@@ -189,28 +123,231 @@ class LossTrainer(Trainer):
         In a training step whose loss nobody overrides, every pack but the last has been through its backward pass when
         this returns, so that one pack's activations live at a time; the value is the whole loss.
         """
-        device = self.accelerator.device
-        total, stats = torch.zeros((), device=device), Stats.empty(device)
-        is_eager = (
-            self._mode == "train"
-            and torch.is_grad_enabled()
-            and not self._is_overridden("compute_loss", "_compute_loss")
-        )
-        one_graph = torch.is_grad_enabled() and not is_eager
-        for is_last, loss, pack_stats in self._pack_losses(model, inputs, is_eager=not one_graph):
-            stats = stats + pack_stats
-            if is_eager and not is_last:
-                self.accelerator.backward(loss)
-                loss = loss.detach()
-            total = total + loss
-        self._pending_stats.append(stats.vector())
-        return total
+        objective = self._objective
+        needs_graph = torch.is_grad_enabled() and self._is_overridden(*LOSS_SEAMS)
+        is_overridden = needs_graph or self._is_overridden(SCORING_SEAM)
+        if is_overridden:
+            logger.warning_once(
+                f"{type(self).__name__} overrides the loss or the scorer: a micro-batch's packs share one graph, whose "
+                "activations live together"
+            )
+        is_whole = is_overridden or objective.top_entropy_quantile < 1
+        with self._scoring_attention(model):
+            loss, stats = (self._whole_loss if is_whole else self._swept_loss)(model, inputs, objective)
+        self._record(stats, objective)
+        if self._is_overridden(*LOSS_SEAMS):
+            # the override may read them
+            self._flush_stats()
+        return loss
 
-    def _is_overridden(self, *methods: str) -> bool:
-        """Whether a subclass, or an attribute of this instance, replaces one of these methods."""
-        return any(
-            name in vars(self) or getattr(type(self), name) is not getattr(LossTrainer, name) for name in methods
+    # -- the two ways through the policy -------------------------------------------------------------------------------
+
+    def _swept_loss(self, model: nn.Module, inputs: dict[str, Any], objective: Objective) -> tuple[Tensor, Stats]:
+        """Pack by pack: the head computes a pack's loss with its gradients, and its backward pass follows at once."""
+        mask = _loss_mask(inputs)
+        bonus = self._bonus(objective, mask.sum())
+        weights = self._row_weights(inputs, mask, objective)
+        batches = self._batches_of(inputs, mask)
+        total, stats = torch.zeros((), device=mask.device), base_stats(objective, inputs, mask)
+        if not batches:
+            return self._zero_loss(model, inputs), stats
+        for i, scored in enumerate(batches):
+            is_last = i == len(batches) - 1
+            parts = self._rows_loss(scored.rows, scored.columns, inputs, weights, objective, bonus)
+            # gradients travel between processes once, with the last pack; DDP decides that in the forward pass
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                loss, batch_stats = self._swept(model, scored, parts)
+                if torch.is_grad_enabled() and not is_last:
+                    self.accelerator.backward(loss)
+                    loss = loss.detach()
+            total, stats = total + loss, stats + batch_stats
+        return total, stats
+
+    def _swept(self, model: nn.Module, scored: Pack | PaddedRows, parts: RowsLoss) -> tuple[Tensor, Stats]:
+        terms: list[PolicyLoss] = []
+
+        def loss(logps: Tensor, entropies: Tensor, rows: slice) -> PolicyLoss:
+            terms.append(parts.of_rows(logps, entropies, rows))
+            return terms[-1]
+
+        with self.accelerator.autocast():
+            value, logps, entropies, aux_loss = score_loss(
+                model,
+                scored,
+                loss,
+                temperature=self.temperature,
+                has_entropy_slope=parts.bonus.weight is not None,
+                needs_whole_rows=parts.needs_whole_rows,
+                return_aux_loss=self.aux_loss_enabled,
+            )
+        stats = parts.stats(logps, entropies, joined(terms))
+        return self._with_aux_loss(value, aux_loss, stats), stats
+
+    def _whole_loss(self, model: nn.Module, inputs: dict[str, Any], objective: Objective) -> tuple[Tensor, Stats]:
+        """All rows in one graph, from what the scoring seam gives."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        width = inputs["completion_ids"].shape[1]
+        logps, entropies, *rest = self._get_per_token_logps_and_entropies(
+            model,
+            ids,
+            attention_mask,
+            width,
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **multimodal.fields_of(inputs),
         )
+        assert entropies is not None
+        mask = _loss_mask(inputs)
+        rows, columns = mask.nonzero(as_tuple=True)
+        logps_N, entropies_N = logps[rows, columns], entropies[rows, columns]
+        threshold = None
+        num_counted = mask.sum()
+        if objective.top_entropy_quantile < 1:
+            threshold = self._entropy_threshold(entropies_N, objective.top_entropy_quantile)
+            num_counted = (entropies_N >= threshold).sum()
+        bonus = self._bonus(objective, num_counted, threshold)
+        weights = self._row_weights(inputs, mask, objective)
+        parts = self._rows_loss(rows, columns, inputs, weights, objective, bonus)
+        terms = parts.differentiable(logps_N.float(), entropies_N.float())
+        stats = base_stats(objective, inputs, mask) + parts.stats(logps_N.float(), entropies_N.float(), terms)
+        loss = self._with_aux_loss(terms.loss.sum(), rest[0] if rest else None, stats)
+        if torch.is_grad_enabled() and not logps.requires_grad:
+            loss = loss + self._zero_loss(model, inputs)
+        return loss, stats
+
+    def _with_aux_loss(self, loss: Tensor, aux_loss: Tensor | None, stats: Stats) -> Tensor:
+        if aux_loss is None:
+            return loss
+        stats.add(aux=aux_loss.detach())
+        return loss + self.router_aux_loss_coef * aux_loss / self._accumulation
+
+    def _zero_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """A loss of 0 that runs the model: a process without tokens still meets the others in the backward pass."""
+        first = inputs["prompt_ids"][:1, -1:]
+        ones = torch.ones_like(first)
+        (scored,) = self._packs(first, ones, first, ones)
+        with self.accelerator.autocast():
+            logps, *_ = score(model, scored, temperature=self.temperature)
+        return 0.0 * logps.sum()
+
+    # -- what the loss is made of --------------------------------------------------------------------------------------
+
+    def _batches_of(self, inputs: dict[str, Any], mask: Tensor) -> Sequence[Pack | PaddedRows]:
+        """What the policy runs on for a padded micro-batch."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        prompt_ids, prompt_mask, completion_ids, completion_mask = (inputs[name] for name in names)
+        if not self.pads_rows:
+            return self._packs(
+                prompt_ids, prompt_mask, completion_ids, completion_mask, mask if "tool_mask" in inputs else None
+            )
+        ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
+        fields = multimodal.row_inputs(multimodal.fields_of(inputs), slice(0, ids.shape[0]))
+        return [self._padded_rows(ids, attention_mask, completion_ids.shape[1], fields, mask)]
+
+    def _rows_loss(
+        self,
+        rows_N: Tensor,
+        columns_N: Tensor,
+        inputs: dict[str, Any],
+        weights_B: Tensor,
+        objective: Objective,
+        bonus: Bonus,
+    ) -> RowsLoss:
+        return RowsLoss(
+            rows_N=rows_N, columns_N=columns_N, inputs=inputs, weights_B=weights_B, objective=objective, bonus=bonus
+        )
+
+    def _row_weights(self, inputs: dict[str, Any], mask: Tensor, objective: Objective) -> Tensor:
+        accumulation = self._accumulation
+        return row_weights(
+            mask.sum(dim=1),
+            objective=objective,
+            num_items_per_process=inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes,
+            accumulation=accumulation,
+            windows=accumulation / self.steps_per_generation if self._mode == "train" else 1,
+        )
+
+    def _bonus(self, objective: Objective, num_counted: Tensor, threshold: Tensor | None = None) -> Bonus:
+        weight = None
+        if objective.entropy_coef is not None:
+            weight = objective.entropy_coef / (num_counted.clamp(min=1) * self._accumulation).float()
+        return Bonus(weight=weight, threshold=threshold)
+
+    @torch.no_grad()
+    def _entropy_threshold(self, entropies_N: Tensor, share: float) -> Tensor:
+        """The entropy that a `share` of the micro-batch's tokens over all processes reaches. 0-dim fp32."""
+        padded = self.accelerator.pad_across_processes(entropies_N.detach().float(), dim=0, pad_index=NO_ENTROPY)
+        gathered = self.accelerator.gather(padded)
+        return entropy_quantile(gathered[gathered > NO_ENTROPY], share)
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """TRL's helper for subclasses: which unmasked tokens reach the quantile `threshold` of entropy. [B, C] bool."""
+        limit = self._entropy_threshold(entropies[mask.bool()], 1 - threshold)
+        return (entropies >= limit) & mask.bool()
+
+    @staticmethod
+    def get_off_policy_mask(
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """TRL's helper for subclasses: `grpo_fast.loss.off_policy_mask`."""
+        return off_policy_mask(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold)
+
+    @staticmethod
+    def get_gamma_weights(
+        advantages: Tensor,
+        log_ratio_per_token: Tensor,
+        mask: Tensor,
+        importance_sampling_ratio: Tensor | None,
+        k_pos: float = 2.0,
+        lambda_pos: float = 3.0,
+        k_neg: float = 3.0,
+        lambda_neg: float = 2.0,
+    ) -> Tensor:
+        """TRL's helper for subclasses: `grpo_fast.loss.gamma_weights`, [B, 1] for advantages [B, 1]."""
+        weights = gamma_weights(
+            advantages,
+            log_ratio_per_token,
+            mask,
+            importance_sampling_ratio,
+            k_pos=k_pos,
+            lambda_pos=lambda_pos,
+            k_neg=k_neg,
+            lambda_neg=lambda_neg,
+        )
+        return weights if advantages.shape[1] > 1 else _of_row(weights, mask)
+
+    # -- metrics -------------------------------------------------------------------------------------------------------
+
+    def _record(self, stats: Stats, objective: Objective) -> None:
+        """Keep a micro-batch's sums for `_flush_stats`, and move the entropy controller at an optimizer step."""
+        self._pending_stats.append(stats.vector())
+        self._pending_objective, self._pending_accumulation = objective, self._accumulation
+        if not (self._entropy_bonus_enabled and self._mode == "train"):
+            return
+        if self.use_adaptive_entropy:
+            window = stats.of("bonus_entropy", "bonus_tokens")
+            before = self._entropy_window_stats
+            self._entropy_window_stats = window if before is None else before + window
+            if self.accelerator.sync_gradients:
+                self._adapt_entropy_coef(self.accelerator.reduce(self._entropy_window_stats, reduction="sum"))
+                self._entropy_window_stats = None
+        if self.accelerator.sync_gradients:
+            self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
+
+    def _adapt_entropy_coef(self, window: Tensor) -> None:
+        """One step of the controller of Skywork-OR1 (arXiv:2505.22312) towards `entropy_target`."""
+        args = self.args
+        entropy = (window[0] / window[1].clamp(min=1)).item()
+        if entropy <= args.entropy_target:
+            self.entropy_coef = min(self.entropy_coef + args.entropy_coef_delta, args.entropy_coef_max)
+        else:
+            self.entropy_coef = max(self.entropy_coef - args.entropy_coef_delta, args.entropy_coef_min)
+        self._last_world_entropy = entropy
 
     def _flush_stats(self) -> None:
         """Turn the micro-batches' sums into metrics: one gather over the processes and one read for all of them."""
@@ -219,9 +356,36 @@ class LossTrainer(Trainer):
         stacked = torch.stack(self._pending_stats)
         self._pending_stats.clear()
         gathered = self.accelerator.gather(stacked[None]).cpu()
+        for name, value in self._metrics_of(gathered):
+            self._metrics[self._mode][name].append(value)
+
+    def _metrics_of(self, gathered: Tensor) -> Iterator[tuple[str, float]]:
+        objective, accumulation = self._pending_objective, self._pending_accumulation
+        is_sum = objective.options.loss_type in ("dapo", "cispo", "vespo")
         for i in range(gathered.shape[1]):
-            values = to_metrics(
-                gathered[:, i], has_kl=bool(self.beta), has_sampler=self.objective.correction is not None
-            )
-            for name, value in values.items():
-                self._metrics[self._mode][name].append(value)
+            yield from loss_metrics(
+                gathered[:, i],
+                objective.options,
+                has_bonus=self._entropy_bonus_enabled,
+                has_aux_loss=self.aux_loss_enabled,
+                policy_scale=1.0 if is_sum else accumulation,
+            ).items()
+        yield from sampler_metrics(gathered).items()
+
+    def _is_overridden(self, *methods: str) -> bool:
+        """Whether a subclass, or an attribute of this instance or of the class, replaces one of these methods."""
+        return any(
+            name in vars(self) or not getattr(type(self), name).__module__.startswith("grpo_fast.trainer.")
+            for name in methods
+        )
+
+
+def _loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """[B, C]: the tokens in the loss; what tools wrote is attended to, and not trained."""
+    mask: Tensor = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def _of_row(values: Tensor, mask: Tensor) -> Tensor:
+    """The value at each row's first unmasked token, or its first. [B, 1]."""
+    return values.gather(1, mask.int().argmax(1, keepdim=True))

@@ -1,0 +1,189 @@
+"""Scoring: log-probs and entropies of padded rows, packed where the model allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast import multimodal
+from grpo_fast.attention import packed_attention
+from grpo_fast.batch import Pack, PaddedRows
+from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.policy import score
+from grpo_fast.rollout import unpadded_rows
+from grpo_fast.trainer.base import BaseTrainer
+
+SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
+
+
+class ScoringTrainer(BaseTrainer):
+    """The part of `GRPOTrainer` that turns rows into what the policy runs on."""
+
+    temperature: float
+    aux_loss_enabled: bool
+    unpackable: str | None
+    pads_rows: bool
+
+    def _scoring_attention(self, model: nn.Module) -> AbstractContextManager[None]:
+        """The attention that rows are scored with: packed, or the model's own where rows stay padded."""
+        return nullcontext() if self.pads_rows else packed_attention(model)
+
+    def _packs(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        loss_mask: Tensor | None = None,
+    ) -> list[Pack]:
+        """The unmasked tokens of padded rows as packs, whose columns are those of `completion_ids`.
+
+        All of a completion's unmasked tokens are run; with `loss_mask` only those it marks too are scored.
+        """
+        device = self.accelerator.device
+        completion_mask = completion_mask.cpu()
+        packs = pack_rows(
+            unpadded_rows(prompt_ids, prompt_mask),
+            unpadded_rows(completion_ids, completion_mask),
+            max_tokens=self.args.max_tokens_per_pack or default_max_tokens(device),
+            share_prompts=SHARE_PROMPTS[self.args.share_prompts],
+            one_row_per_pack=self.unpackable is not None,
+        )
+        # a mask may have holes: the n-th kept token of a row stands in the column of the n-th 1
+        column_of = completion_mask.bool().sort(dim=1, descending=True, stable=True).indices
+        packs = [pack.in_columns(column_of) for pack in packs]
+        if loss_mask is not None:
+            is_wanted = loss_mask.bool().cpu()
+            packs = [pack.only(is_wanted[pack.rows, pack.columns]) for pack in packs]
+        return [pack.to(device) for pack in packs if pack.targets.numel()]
+
+    def _padded_rows(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        fields: dict[str, Any],
+        loss_mask: Tensor | None = None,
+    ) -> PaddedRows:
+        """Rows as they are, with the completion's unmasked tokens scored, or those `loss_mask` marks too."""
+        width = input_ids.shape[1]
+        is_scored = attention_mask[:, width - logits_to_keep :].bool()
+        if loss_mask is not None:
+            is_scored = is_scored & loss_mask.bool()
+        rows, columns = is_scored.nonzero(as_tuple=True)
+        positions = columns + width - logits_to_keep
+        return PaddedRows(
+            predict=rows * width + positions - 1,
+            targets=input_ids[rows, positions],
+            rows=rows,
+            columns=columns,
+            row_lengths=tuple(length for length in is_scored.sum(1).tolist() if length),
+            model_inputs={"input_ids": input_ids, "attention_mask": attention_mask, **fields},
+        )
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        num_images: list[int] | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        num_tiles: list[int] | None = None,
+        image_sizes: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        image_position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's seam: log-probs and entropies of the last `logits_to_keep` positions, under any model of the run.
+
+        Args:
+            model: The policy or the reference, wrapped or not.
+            input_ids: [B, T] int64, prompts padded left, completions right.
+            attention_mask: [B, T], 0 where padded or left out.
+            logits_to_keep: C.
+            batch_size: Rows a forward pass where rows stay padded; packs are bounded by `max_tokens_per_pack` instead.
+            compute_entropy: Whether entropies are wanted.
+            compute_aux_loss: Whether the auxiliary loss of a mixture of experts is wanted.
+            pixel_values: Images, as the processor lays them out; so the rest.
+            image_grid_thw: See the model's documentation.
+            num_images: Images of each row.
+            pixel_attention_mask: See the model's documentation.
+            spatial_shapes: See the model's documentation.
+            num_tiles: Tiles of each row's images.
+            image_sizes: See the model's documentation.
+            token_type_ids: [B, T].
+            mm_token_type_ids: [B, T].
+            image_position_ids: See the model's documentation.
+
+        Returns:
+            Log-probs [B, C] and entropies [B, C] or None, fp32, 0.0 where masked; the auxiliary loss, 0-dim, or None.
+
+        Raises:
+            ValueError: If the auxiliary loss is asked for in a run without one, whose rows are packed.
+        """
+        if compute_aux_loss and not self.pads_rows:
+            raise ValueError("compute_aux_loss=True needs a run with router_aux_loss_coef: rows are packed without it")
+        fields = multimodal.given(
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            num_images=num_images,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            num_tiles=num_tiles,
+            image_sizes=image_sizes,
+            token_type_ids=token_type_ids,
+            mm_token_type_ids=mm_token_type_ids,
+            image_position_ids=image_position_ids,
+        )
+        logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
+        entropies = torch.zeros_like(logps) if compute_entropy else None
+        aux_losses = []
+        batches = list(self._scored_batches(input_ids, attention_mask, logits_to_keep, batch_size, fields))
+        with self._scoring_attention(model):
+            for i, scored in enumerate(batches):
+                # what processes exchange in a forward pass they exchange once, however many passes each makes
+                is_last = i == len(batches) - 1 and torch.is_grad_enabled()
+                with nullcontext() if is_last else self.accelerator.no_sync(model), self.accelerator.autocast():
+                    logps_N, entropies_N, aux_loss = score(
+                        model,
+                        scored,
+                        temperature=self.temperature,
+                        return_entropy=compute_entropy,
+                        return_aux_loss=compute_aux_loss,
+                    )
+                logps = scored.unpack(logps_N, logps)
+                if entropies is not None and entropies_N is not None:
+                    entropies = scored.unpack(entropies_N, entropies)
+                aux_losses += [] if aux_loss is None else [aux_loss]
+        return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
+
+    def _scored_batches(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        fields: dict[str, Any],
+    ) -> Iterator[Pack | PaddedRows]:
+        B, width = input_ids.shape
+        if not self.pads_rows:
+            prompt, completion = slice(None, width - logits_to_keep), slice(width - logits_to_keep, None)
+            yield from self._packs(
+                input_ids[:, prompt], attention_mask[:, prompt], input_ids[:, completion], attention_mask[:, completion]
+            )
+            return
+        for start in range(0, B, batch_size or max(B, 1)):
+            rows = slice(start, min(start + (batch_size or B), B))
+            row_fields = multimodal.row_inputs(fields, rows)
+            yield self._padded_rows(input_ids[rows], attention_mask[rows], logits_to_keep, row_fields).shifted(start)
