@@ -39,14 +39,20 @@ class Objective:
 
 
 def row_weights(
-    lengths_B: Tensor, *, objective: Objective, num_items_per_process: Tensor, accumulation: float, windows: float
+    lengths_B: Tensor,
+    *,
+    objective: Objective,
+    num_items_per_process: Tensor | None,
+    accumulation: float,
+    windows: float,
 ) -> Tensor:
     """What one token of each row weighs in the loss, fixed before the forward pass. [B] fp32.
 
     Args:
         lengths_B: [B], tokens of each row in the loss; a fully masked row still counts as a row.
         objective: The loss type.
-        num_items_per_process: 0-dim, tokens in the loss of the whole generation batch, over the number of processes.
+        num_items_per_process: 0-dim, tokens in the loss of the whole generation batch, over the number of processes;
+            `dapo`, `cispo` and `vespo` need it.
         accumulation: Micro-batches of this optimizer step (1 in evaluation).
         windows: `dapo`, `cispo` and `vespo`: optimizer steps that share the generation batch, inverted: accumulation
             over micro-batches a generation (1 in evaluation).

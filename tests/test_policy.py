@@ -275,6 +275,8 @@ def test_scoring_works_through_accelerate_s_mixed_precision(wrap: Callable[[nn.M
     model = llama()
     install_scoring(model)
     exact, _, _ = packed(model, max_tokens=30)
+    # an earlier test's precision would hold for the whole process
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = wrap(accelerator.prepare_model(model))
     check_scoring(prepared)
@@ -284,3 +286,4 @@ def test_scoring_works_through_accelerate_s_mixed_precision(wrap: Callable[[nn.M
         assert not torch.equal(found[row], logps)
         # bf16 activations: 8 bits, through two layers
         torch.testing.assert_close(found[row], logps, rtol=0.05, atol=0.3)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

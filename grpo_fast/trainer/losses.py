@@ -260,10 +260,14 @@ class LossTrainer(ScoringTrainer):
 
     def _row_weights(self, inputs: dict[str, Any], mask: Tensor, objective: Objective) -> Tensor:
         accumulation = self._accumulation
+        # a subclass's own dict may leave it out where the loss type does not count tokens
+        num_items = inputs.get("num_items_in_batch")
+        if num_items is not None:
+            num_items = num_items.clamp(min=1) / self.accelerator.num_processes
         return row_weights(
             mask.sum(dim=1),
             objective=objective,
-            num_items_per_process=inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes,
+            num_items_per_process=num_items,
             accumulation=accumulation,
             windows=accumulation / self.steps_per_generation if self._mode == "train" else 1,
         )
