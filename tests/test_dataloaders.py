@@ -3,10 +3,6 @@
 import itertools
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from grpo_fast import GRPOConfig
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
+from tests.processes import launch_text
 from tests.tiny_lm import make_model, make_tokenizer
 
 ROWS = [{"prompt": f"{i}", "x": i} for i in range(10)]
@@ -172,19 +169,7 @@ batches["eval"] = numbers(trainer.get_eval_dataloader("eval"))
 
 def test_two_processes_share_each_generation(tmp_path):
     """3 prompts x 4 completions on 2 processes x 3 micro-batches of 2: the middle group straddles them."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_text(SCRIPT, tmp_path, tmp_path)
     first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
     for name in ("set", "stream", "two shards"):
         assert first[name] == [b for x in (0, 3, 6) for b in [[x] * 4 + [x + 1] * 2] * 3]

@@ -1,11 +1,8 @@
 """Two processes on this machine (gloo): equal weights after every step, whatever the packs of each."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+
+from tests.processes import launch, launch_text
 
 SCRIPT = """
 import sys
@@ -47,33 +44,14 @@ assert not torch.equal(weights, before), "nothing was trained"
 """
 
 
-def launch(arguments, num_processes):
-    """Run a script or module with this checkout in its path."""
-    command = [sys.executable]
-    if num_processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [*command, *arguments],
-        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_processes_stay_together(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch([str(script), str(tmp_path / "out")], 2)
+    launch_text(SCRIPT, tmp_path, tmp_path / "out")
 
 
 def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     """Every loss type, with different numbers of packs in the processes, and with a process that has no tokens."""
     for num_processes in (1, 2):
-        launch(["-m", "tests.gradients_of_processes", str(tmp_path / str(num_processes))], num_processes)
+        launch("-m", "tests.gradients_of_processes", tmp_path / str(num_processes), num_processes=num_processes)
     one, two = (torch.load(tmp_path / name) for name in ("1", "2"))
     assert one.keys() == two.keys()
     for name, gradient in one.items():

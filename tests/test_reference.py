@@ -1,9 +1,6 @@
 import copy
-import os
-import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +19,7 @@ from grpo_fast.reference import (
     mix,
     prepare_reference,
 )
+from tests.processes import launch_text
 from tests.tiny_lm import make_model, save
 
 
@@ -180,19 +178,7 @@ dist.destroy_process_group()
 
 
 def test_sharded_models_are_mixed_after_a_forward_pass(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(FSDP)
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_text(FSDP, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

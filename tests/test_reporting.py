@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 
 from grpo_fast import GRPOConfig, GRPOTrainer
+from tests.processes import launch_text
 from tests.tiny_lm import make_tokenizer, save
 
 ROWS = [{"prompt": f"{i}+{j}=", "answer": i + j} for i in range(2) for j in range(4)]
@@ -119,18 +117,7 @@ assert (folder / "out" / "checkpoint-3" / f"rollout_{straight.accelerator.proces
 @pytest.mark.slow
 def test_two_processes_resume_as_one_does(tmp_path):
     save(tmp_path / "model")
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_text(TWO_PROCESSES, tmp_path, tmp_path)
 
 
 def test_a_checkpoint_between_windows_holds_no_rollout(tmp_path):
