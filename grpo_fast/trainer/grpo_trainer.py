@@ -6,8 +6,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -18,18 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.utils import logging
 
 from grpo_fast import adapters, data, loading, reference
-from grpo_fast.attention import adds_virtual_tokens, can_pack, native_attention
+from grpo_fast.attention import adds_virtual_tokens, can_pack
 from grpo_fast.compatibility import refuse_patched_library
 from grpo_fast.completions import CompletionLog
 from grpo_fast.config import GRPOConfig, as_dict
-from grpo_fast.generation import (
-    VLLMEngine,
-    VLLMGeneration,
-    context_length,
-    make_engine,
-    require_vllm,
-    unwrap_model_for_generation,
-)
+from grpo_fast.generation import context_length, require_vllm
 from grpo_fast.interrupt import SaveOnInterrupt
 from grpo_fast.metrics import PhaseTimer, StepTimer
 from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
@@ -270,43 +262,6 @@ class GRPOTrainer(RolloutTrainer, DataTrainer, ReportingTrainer):
         self._last_loaded_step = -1
         self._buffered_inputs = None
         self._current_train_step_time = 0.0
-
-    def _start_engine(self) -> None:
-        self.engine = make_engine(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            self.args,
-            eos_token_ids=self.eos_token_ids,
-            context=self._generation_context,
-            unwrap=self._unwrapped_for_generation,
-            seed=self.args.seed + self.accelerator.process_index,
-        )
-        if isinstance(self.engine, VLLMEngine):
-            self.vllm_generation = VLLMGeneration(self.engine, lambda: self.accelerator.unwrap_model(self.model))
-
-    def _unwrapped_for_generation(self) -> AbstractContextManager[Any]:
-        return unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-        )
-
-    @property
-    def generation_config(self) -> Any:
-        """What transformers' generate draws with; changes hold for the next rollout. vLLM has none."""
-        return getattr(self.engine, "generation_config", None)
-
-    @generation_config.setter
-    def generation_config(self, config: Any) -> None:
-        if self.use_vllm:
-            raise ValueError(
-                "generation_config is transformers' own; with use_vllm=True set trainer.vllm_generation's fields"
-            )
-        vars(self.engine)["generation_config"] = config
-
-    @contextmanager
-    def _generation_context(self) -> Iterator[None]:
-        """What transformers' generate runs under: the model's own attention, in the run's mixed precision."""
-        with native_attention(self.model), self.accelerator.autocast():
-            yield
 
     @property
     def _textual_logs(self) -> CompletionLog:

@@ -13,11 +13,11 @@ from grpo_fast.adapters import reference_adapter
 from grpo_fast.advantages import group_advantages, nanstd, weighted_rewards
 from grpo_fast.completions import CompletionLog
 from grpo_fast.data import Prompt, is_conversational, tokenize_prompts
-from grpo_fast.generation import Engine
 from grpo_fast.loss import weigh_sampler
-from grpo_fast.metrics import PhaseTimer, sampler_metrics
+from grpo_fast.metrics import sampler_metrics
 from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
+from grpo_fast.trainer.engines import EngineTrainer
 from grpo_fast.trainer.losses import LOSS_SEAMS, SCORING_SEAM, LossTrainer
 from grpo_fast.trainer.rewarding import RewardTrainer
 from grpo_fast.trainer.tool_loop import ToolTrainer
@@ -26,11 +26,9 @@ from grpo_fast.trainer.tool_loop import ToolTrainer
 ROLLOUT_KEYS = ("prompt_ids", "completion_ids", "logprobs")
 
 
-class RolloutTrainer(LossTrainer, ToolTrainer, RewardTrainer):
+class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
     """The part of `GRPOTrainer` that generates and scores completions."""
 
-    engine: Engine
-    timer: PhaseTimer
     rollout_func: Any
     num_generations: int
     num_generations_eval: int
@@ -44,7 +42,6 @@ class RolloutTrainer(LossTrainer, ToolTrainer, RewardTrainer):
     ref_model: nn.Module | None
     _logs: CompletionLog
     _step: int
-    _last_loaded_step: int
     _buffered_inputs: list[dict[str, Any]] | None
     _encoded_images: tuple[list[Any] | None, dict[str, Any]]
 
@@ -63,13 +60,6 @@ class RolloutTrainer(LossTrainer, ToolTrainer, RewardTrainer):
     def _timed_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.timer.phase("generation"):
             return self._generate_and_score_completions(inputs)
-
-    def sync_engine(self) -> None:
-        """Bring the engine's weights up to date if the policy has changed since it last generated."""
-        if self.state.global_step != self._last_loaded_step:
-            with self.timer.phase("sync"), profiling_context(self, "sync_weights"):
-                self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-            self._last_loaded_step = self.state.global_step
 
     # -- completions ---------------------------------------------------------------------------------------------------
 

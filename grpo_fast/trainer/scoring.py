@@ -115,16 +115,16 @@ class ScoringTrainer(BaseTrainer):
             batch_size: Rows a forward pass where rows stay padded; packs are bounded by `max_tokens_per_pack` instead.
             compute_entropy: Whether entropies are wanted.
             compute_aux_loss: Whether the auxiliary loss of a mixture of experts is wanted.
-            pixel_values: Images, as the processor lays them out; so the rest.
-            image_grid_thw: See the model's documentation.
+            pixel_values: Images as the processor lays them out; this and the rest are in the model's documentation.
+            image_grid_thw: As above.
             num_images: Images of each row.
-            pixel_attention_mask: See the model's documentation.
-            spatial_shapes: See the model's documentation.
+            pixel_attention_mask: As above.
+            spatial_shapes: As above.
             num_tiles: Tiles of each row's images.
-            image_sizes: See the model's documentation.
+            image_sizes: As above.
             token_type_ids: [B, T].
             mm_token_type_ids: [B, T].
-            image_position_ids: See the model's documentation.
+            image_position_ids: As above.
 
         Returns:
             Log-probs [B, C] and entropies [B, C] or None, fp32, 0.0 where masked; the auxiliary loss, 0-dim, or None.

@@ -1,0 +1,74 @@
+"""The engine in the trainer: started from the policy, kept up to date with it, and reachable under TRL's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from grpo_fast.attention import native_attention
+from grpo_fast.generation import (
+    Engine,
+    VLLMEngine,
+    VLLMGeneration,
+    make_engine,
+    unwrap_model_for_generation,
+)
+from grpo_fast.metrics import PhaseTimer
+from grpo_fast.profiling import profiling_context
+from grpo_fast.trainer.base import BaseTrainer
+
+
+class EngineTrainer(BaseTrainer):
+    """The part of `GRPOTrainer` that owns the engine."""
+
+    engine: Engine
+    vllm_generation: VLLMGeneration
+    timer: PhaseTimer
+    use_vllm: bool
+    eos_token_ids: list[int]
+    _last_loaded_step: int
+
+    def _start_engine(self) -> None:
+        self.engine = make_engine(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.args,
+            eos_token_ids=self.eos_token_ids,
+            context=self._generation_context,
+            unwrap=self._unwrapped_for_generation,
+            seed=self.args.seed + self.accelerator.process_index,
+        )
+        if isinstance(self.engine, VLLMEngine):
+            self.vllm_generation = VLLMGeneration(self.engine, lambda: self.accelerator.unwrap_model(self.model))
+
+    def _unwrapped_for_generation(self) -> AbstractContextManager[Any]:
+        return unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+        )
+
+    @property
+    def generation_config(self) -> Any:
+        """What transformers' generate draws with; changes hold for the next rollout. vLLM has none."""
+        return getattr(self.engine, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        if self.use_vllm:
+            raise ValueError(
+                "generation_config is transformers' own; with use_vllm=True set trainer.vllm_generation's fields"
+            )
+        vars(self.engine)["generation_config"] = config
+
+    @contextmanager
+    def _generation_context(self) -> Iterator[None]:
+        """What transformers' generate runs under: the model's own attention, in the run's mixed precision."""
+        with native_attention(self.model), self.accelerator.autocast():
+            yield
+
+    def sync_engine(self) -> None:
+        """Bring the engine's weights up to date if the policy has changed since it last generated."""
+        if self.state.global_step != self._last_loaded_step:
+            with self.timer.phase("sync"), profiling_context(self, "sync_weights"):
+                self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+            self._last_loaded_step = self.state.global_step
