@@ -106,24 +106,13 @@ class VLLMEngine:
             ImportError: vLLM is not installed.
             ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
         """
-        require_vllm()
-        if tensor_parallel_size != 1:
-            raise ValueError(f"vllm_tensor_parallel_size must be 1; it is {tensor_parallel_size}")
-        owned = {"model", "tokenizer", "skip_tokenizer_init", "load_format", "quantization"} & set(
-            vllm_engine_kwargs or {}
-        )
-        if owned:
-            raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
-        refuse_8bit(model)
+        _check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
         self.sampling = sampling
         self._eos_token_ids = eos_token_ids
         self._has_tokenizer = processing_class is not None
         self._structured_outputs_regex = structured_outputs_regex
-        if (
-            structured_outputs_regex is not None
-            and sampling is not None
-            and "structured_outputs" in (sampling.extra or {})
-        ):
+        own_grammar = sampling is not None and "structured_outputs" in (sampling.extra or {})
+        if structured_outputs_regex is not None and own_grammar:
             logger.warning("vllm_structured_outputs_regex wins over generation_kwargs['structured_outputs']")
         self._owns_process_group = not torch.distributed.is_initialized()
         self._model = weakref.ref(model)
@@ -284,6 +273,16 @@ def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
             sampled = (flat.logprobs[start] for start in flat.start_indices)
             logps.append([math.nan if logp is None else logp for logp in sampled])
     return Completions(ids=ids, logps=logps if is_scored else None)
+
+
+def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dict[str, Any]) -> None:
+    require_vllm()
+    if tensor_parallel_size != 1:
+        raise ValueError(f"vllm_tensor_parallel_size must be 1; it is {tensor_parallel_size}")
+    owned = {"model", "tokenizer", "skip_tokenizer_init", "load_format", "quantization"} & set(overrides)
+    if owned:
+        raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
+    refuse_8bit(model)
 
 
 def request_seed(seed: int, index: int) -> int:
