@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	$(BIN)/grpo-fast demo $(ARGS)
 
+# on models this small a second thread costs more than it brings
+test test-trl: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
 	$(BIN)/pytest -m "not slow" $(ARGS)
 

@@ -107,10 +107,6 @@ class ScoredTokens:
             row_lengths=tuple(torch.unique_consecutive(rows, return_counts=True)[1].tolist()),
         )
 
-    def in_columns(self, column_of: Tensor) -> Self:
-        """The same tokens where the n-th column of row b is called `column_of[b, n]`."""
-        return replace(self, columns=column_of[self.rows, self.columns])
-
     def shifted(self, first_row: int) -> Self:
         """The same tokens in a batch that these rows stand `first_row` rows down in."""
         return replace(self, rows=self.rows + first_row)

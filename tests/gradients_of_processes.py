@@ -68,7 +68,7 @@ def main(out):
         inputs = make_inputs(case, logps)
         prepare(trainer, case)
         micro_batches = 2 // processes
-        trainer.current_gradient_accumulation_steps = trainer.steps_per_generation = micro_batches
+        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = micro_batches
         for which in [rank] if processes == 2 else [0, 1]:
             part = half(inputs, which, is_silent=i % 4 == 3)
             with trainer._scoring_attention(trainer.model):

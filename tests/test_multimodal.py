@@ -7,9 +7,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from grpo_fast import multimodal
-from grpo_fast.rollout import pad
 from grpo_fast.multimodal.layout import IMAGE_FIELDS
-from grpo_fast.rollout import shuffle_sequence_dict, split_tensor_dict
+from grpo_fast.rollout import pad, shuffle_sequence_dict, split_tensor_dict
 from tests.image_rows import (
     ATOL,
     MIXED,

@@ -169,7 +169,7 @@ def test_weights_of_whole_rows_survive_the_sweep_in_blocks(tmp_path):
     grads = []
     for way in (trainer._swept_loss, trainer._whole_loss):
         trainer.model.zero_grad()
-        with packed_attention(trainer.model):
+        with trainer._scoring_attention(trainer.model):
             loss, stats = way(trainer.model, inputs, trainer._objective)
             loss.backward()
         grads.append((loss.detach(), stats.vector(), [p.grad.clone() for p in trainer.model.parameters()]))
@@ -225,19 +225,17 @@ def test_per_token_logps_are_the_padded_models(tmp_path):
     assert aux is None
 
 
-def test_a_mask_with_holes_keeps_its_columns(tmp_path):
-    """A subclass may mask tokens inside a completion: the others keep their log-probs' places."""
+def test_rows_with_holes_are_the_models_own(tmp_path):
+    """A subclass may mask tokens inside a completion: the others' log-probs are what the model says of such a row."""
     trainer = build(tmp_path)
     ids = torch.randint(3, 20, (2, 8))
     mask = torch.tensor([[1, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0, 1]])
-    with torch.no_grad(), packed_attention(trainer.model):
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5)
-        for row in range(2):
-            kept = ids[row, mask[row].bool()][None]
-            num = int(mask[row, 3:].sum())
-            dense, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, kept, torch.ones_like(kept), num)
-            assert logps[row][mask[row, 3:] == 0].tolist() == [0.0] * (5 - num)
-            torch.testing.assert_close(logps[row][mask[row, 3:] == 1], dense[0], rtol=RTOL, atol=1e-5)
+    with torch.no_grad():
+        with packed_attention(trainer.model):
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5)
+        logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, 2:-1]
+    expected = logits.log_softmax(-1).gather(-1, ids[:, 3:, None])[..., 0] * mask[:, 3:]
+    torch.testing.assert_close(logps, expected, rtol=RTOL, atol=1e-5)
 
 
 def test_empty_completions_train_on(tmp_path):

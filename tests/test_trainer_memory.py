@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 
 from grpo_fast import GRPOConfig, GRPOTrainer
-from grpo_fast.attention import native_attention, packed_attention
+from grpo_fast.attention import native_attention
 from tests.allocations import Allocations
 from tests.tiny_lm import make_model, make_tokenizer
 
@@ -39,7 +39,7 @@ def test_no_tensor_of_rows_by_vocabulary(tmp_path):
     num_logits = ROWS * LENGTH * VOCABULARY
     assert 4 * num_logits > WORKSPACE_BYTES
 
-    with packed_attention(trainer.model), Allocations() as seen:
+    with trainer._scoring_attention(trainer.model), Allocations() as seen:
         trainer._compute_loss(trainer.model, inputs).backward()
     assert seen.largest_numel.numel < num_logits / 2, seen.largest_numel
     assert seen.largest.bytes <= WORKSPACE_BYTES, seen.largest

@@ -81,7 +81,7 @@ def prepare(trainer: Any, case: Case) -> None:
     trainer.args.delta, trainer.args.use_bias_correction_kl = case.delta, case.use_bias_correction_kl
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = case.importance_mode is not None
     trainer.vllm_importance_sampling_mode = case.importance_mode or "sequence_mask"
-    trainer.args.steps_per_generation = trainer.steps_per_generation = case.steps_per_generation
+    trainer.args.steps_per_generation = case.steps_per_generation
     trainer.current_gradient_accumulation_steps = case.accumulation
     trainer.model.train(case.is_training)
     trainer.model.zero_grad(set_to_none=True)

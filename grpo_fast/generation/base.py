@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Generate from the weights `model` has now; to be called after every optimizer step."""
         ...
 
+    def set_temperature(self, temperature: float) -> None:
+        """Draw at this temperature where a call does not say otherwise; 0 is greedy."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; a second call does nothing."""
         ...

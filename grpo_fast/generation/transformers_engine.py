@@ -149,6 +149,12 @@ class TransformersEngine:
         """Take `model` for the next call; its weights are read in place, so an optimizer step needs nothing more."""
         self._model = model
 
+    def set_temperature(self, temperature: float) -> None:
+        """See `Engine.set_temperature`."""
+        assert self.generation_config is not None
+        self.generation_config.do_sample = temperature > 0
+        self.generation_config.temperature = temperature or None
+
     def close(self) -> None:
         """Nothing is held besides the trainer's model."""
 

@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,11 @@ class VLLMEngine:
         """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones."""
         self._model = weakref.ref(model)
         self._load()
+
+    def set_temperature(self, temperature: float) -> None:
+        """See `Engine.set_temperature`."""
+        assert self.sampling is not None
+        self.sampling = replace(self.sampling, temperature=temperature)
 
     def close(self) -> None:
         """Stop the engine and free its memory; a second call does nothing."""

@@ -28,6 +28,7 @@ class EngineTrainer(BaseTrainer):
     use_vllm: bool
     eos_token_ids: list[int]
     _last_loaded_step: int
+    _temperature: float
 
     def _start_engine(self) -> None:
         self.engine = make_engine(
@@ -46,6 +47,18 @@ class EngineTrainer(BaseTrainer):
         return unwrap_model_for_generation(
             self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
         )
+
+    @property
+    def temperature(self) -> float:
+        """Of the sampler and of the scores; TRL's trainer keeps to the one it was made with."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._temperature = temperature
+        # there is none yet while settings are read
+        if "engine" in vars(self):
+            self.engine.set_temperature(temperature)
 
     @property
     def generation_config(self) -> Any:

@@ -25,7 +25,7 @@ from grpo_fast.generation import context_length, require_vllm
 from grpo_fast.interrupt import SaveOnInterrupt
 from grpo_fast.metrics import PhaseTimer, StepTimer
 from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
-from grpo_fast.rewards import RewardFunc, check_rewards, make_rewards
+from grpo_fast.rewards import RewardFunc, check_rewards, is_async, make_rewards
 from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
 from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from TRL's module of this name
@@ -232,13 +232,13 @@ class GRPOTrainer(RolloutTrainer, DataTrainer, ReportingTrainer):
     def _settle_tools(self, toolbox: Toolbox | None, rollout_func: RolloutFunc | None) -> None:
         self.toolbox, self.rollout_func = toolbox, rollout_func
         self.tools = toolbox.tools if toolbox else []
+        self._standalone_tools = toolbox.standalone if toolbox else []
+        self._has_async_funcs = any(is_async(function) for function in (*self.reward_funcs, *self.tools))
         self.chat_template = toolbox.chat_template if toolbox else None
         self.environments = None
 
     def _read_settings(self, args: GRPOConfig) -> None:
         """TRL's attributes, which users read and change; and the trainer's own state."""
-        assert args.steps_per_generation is not None
-        self.steps_per_generation = args.steps_per_generation
         self.num_generations_eval = args.num_generations_eval or args.num_generations
         iterations = args.max_tool_calling_iterations
         self.max_tool_calling_iterations = sys.maxsize if iterations is None else iterations

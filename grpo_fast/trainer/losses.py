@@ -16,7 +16,7 @@ from grpo_fast.importance import Correction
 from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, gamma_weights, off_policy_mask, row_weights
 from grpo_fast.metrics import Stats, loss_metrics, sampler_metrics
 from grpo_fast.policy import score, score_loss
-from grpo_fast.trainer.scoring import ScoringTrainer
+from grpo_fast.trainer.scoring import ScoringTrainer, has_holes
 from grpo_kernels import PolicyLoss, entropy_quantile
 from grpo_kernels.options import CLIPPED_LOSSES, PolicyOptions
 from grpo_kernels.rows import joined
@@ -33,7 +33,6 @@ NO_ENTROPY = -1.0
 class LossTrainer(ScoringTrainer):
     """The part of `GRPOTrainer` that computes the loss, its gradients and its metrics."""
 
-    steps_per_generation: int
     max_completion_length: int
     beta: float
     epsilon_low: float
@@ -57,6 +56,12 @@ class LossTrainer(ScoringTrainer):
     _pending_stats: list[Tensor]
     _pending_objective: Objective
     _pending_accumulation: float
+
+    @property
+    def steps_per_generation(self) -> int:
+        """Micro-batches a generation serves."""
+        assert self.args.steps_per_generation is not None
+        return self.args.steps_per_generation
 
     @property
     def _correction(self) -> Correction | None:
@@ -132,7 +137,7 @@ class LossTrainer(ScoringTrainer):
                 "activations live together"
             )
         is_whole = is_overridden or objective.top_entropy_quantile < 1
-        with self._scoring_attention(model):
+        with nullcontext() if self._runs_padded else self._scoring_attention(model):
             loss, stats = (self._whole_loss if is_whole else self._swept_loss)(model, inputs, objective)
         self._record(stats, objective)
         if self._is_overridden(*LOSS_SEAMS):
@@ -237,11 +242,11 @@ class LossTrainer(ScoringTrainer):
         """What the policy runs on for a padded micro-batch."""
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
         prompt_ids, prompt_mask, completion_ids, completion_mask = (inputs[name] for name in names)
-        if not self.pads_rows:
+        ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
+        if not self._runs_padded and not has_holes(attention_mask):
             return self._packs(
                 prompt_ids, prompt_mask, completion_ids, completion_mask, mask if "tool_mask" in inputs else None
             )
-        ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
         fields = multimodal.row_inputs(multimodal.fields_of(inputs), slice(0, ids.shape[0]))
         return [self._padded_rows(ids, attention_mask, completion_ids.shape[1], fields, mask)]
 
@@ -378,10 +383,12 @@ class LossTrainer(ScoringTrainer):
 
     def _is_overridden(self, *methods: str) -> bool:
         """Whether a subclass, or an attribute of this instance or of the class, replaces one of these methods."""
-        return any(
-            name in vars(self) or not getattr(type(self), name).__module__.startswith("grpo_fast.trainer.")
-            for name in methods
-        )
+        # not by the function's module: wrappers made with functools.wraps bear the wrapped function's
+        return any(name in vars(self) or getattr(type(self), name) is not OWN[name] for name in methods)
+
+
+# the seams before anybody replaces them
+OWN: dict[str, Any] = {name: getattr(LossTrainer, name) for name in (*LOSS_SEAMS, SCORING_SEAM)}
 
 
 def _loss_mask(inputs: dict[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ from grpo_fast.metrics import sampler_metrics
 from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
 from grpo_fast.trainer.engines import EngineTrainer
-from grpo_fast.trainer.losses import LOSS_SEAMS, SCORING_SEAM, LossTrainer
+from grpo_fast.trainer.losses import OWN, LossTrainer
 from grpo_fast.trainer.rewarding import RewardTrainer
 from grpo_fast.trainer.tool_loop import ToolTrainer
 
@@ -60,6 +60,10 @@ class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
     def _timed_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self.timer.phase("generation"):
             return self._generate_and_score_completions(inputs)
+
+    @property
+    def _total_train_tokens(self) -> int:
+        return int(self.state.num_input_tokens_seen)
 
     # -- completions ---------------------------------------------------------------------------------------------------
 
@@ -255,7 +259,13 @@ class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
             if self.beta and self.ref_model is not None:
                 points["ref_per_token_logps"] = self._logps_of(self.ref_model, batch)
             elif self.beta:
-                with reference_adapter(self.accelerator.unwrap_model(self.model)):
+                policy = self.accelerator.unwrap_model(self.model)
+                if not hasattr(policy, "peft_config"):
+                    raise ValueError(
+                        f"beta={self.beta} needs a reference model, and a trainer made with beta=0 has none: make it "
+                        "with the first beta above 0"
+                    )
+                with reference_adapter(policy):
                     points["ref_per_token_logps"] = self._logps_of(self.model, batch)
         if correction is not None and "old_per_token_logps" in points:
             ratio, stats = weigh_sampler(batch | points, mask, correction)
@@ -274,8 +284,7 @@ class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
         is_aligned = not self.args.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations)
         if not is_aligned:
             return True
-        seams = (*LOSS_SEAMS, SCORING_SEAM, "_generate_and_score_completions", "_prepare_inputs")
-        return self._correction is not None and self._is_overridden(*seams)
+        return self._correction is not None and self._is_overridden(*OWN)
 
     def _logps_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         args = self.args
@@ -314,6 +323,9 @@ class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
         self._flush_user_logs(len(prompts))
         start = self.accelerator.process_index * len(prompts)
         return result.advantages[start : start + len(prompts)].to(self.accelerator.device)
+
+
+OWN |= {name: getattr(RolloutTrainer, name) for name in ("_generate_and_score_completions", "_prepare_inputs")}
 
 
 def _conversations(prompts: list[Prompt]) -> list[list[dict[str, Any]]]:

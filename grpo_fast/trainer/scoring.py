@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from grpo_fast import multimodal
 from grpo_fast.attention import packed_attention
@@ -16,6 +17,8 @@ from grpo_fast.packing import default_max_tokens, pack_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
 from grpo_fast.trainer.base import BaseTrainer
+
+logger = logging.get_logger(__name__)
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
@@ -28,9 +31,27 @@ class ScoringTrainer(BaseTrainer):
     unpackable: str | None
     pads_rows: bool
 
-    def _scoring_attention(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The attention that rows are scored with: packed, or the model's own where rows stay padded."""
-        return nullcontext() if self.pads_rows else packed_attention(model)
+    # whether `_scoring_attention` is in force
+    _is_scoring = False
+
+    @contextmanager
+    def _scoring_attention(self, model: nn.Module) -> Iterator[None]:
+        """The attention that rows are scored with: packed, or the model's own where rows stay padded; nests."""
+        before, self._is_scoring = self._is_scoring, True
+        try:
+            with nullcontext() if self.pads_rows else packed_attention(model):
+                yield
+        finally:
+            self._is_scoring = before
+
+    @property
+    def _runs_padded(self) -> bool:
+        """Whether rows stay padded: where the model needs it, and where gradients are wanted outside a training step.
+
+        There nobody keeps the packed attention until the backward pass, in which checkpointed layers run again, and
+        the caller expects all gradients from that pass.
+        """
+        return self.pads_rows or (torch.is_grad_enabled() and not self._is_scoring)
 
     def _packs(
         self,
@@ -53,9 +74,6 @@ class ScoringTrainer(BaseTrainer):
             share_prompts=SHARE_PROMPTS[self.args.share_prompts],
             one_row_per_pack=self.unpackable is not None,
         )
-        # a mask may have holes: the n-th kept token of a row stands in the column of the n-th 1
-        column_of = completion_mask.bool().sort(dim=1, descending=True, stable=True).indices
-        packs = [pack.in_columns(column_of) for pack in packs]
         if loss_mask is not None:
             is_wanted = loss_mask.bool().cpu()
             packs = [pack.only(is_wanted[pack.rows, pack.columns]) for pack in packs]
@@ -149,8 +167,9 @@ class ScoringTrainer(BaseTrainer):
         logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         entropies = torch.zeros_like(logps) if compute_entropy else None
         aux_losses = []
-        batches = list(self._scored_batches(input_ids, attention_mask, logits_to_keep, batch_size, fields))
-        with self._scoring_attention(model):
+        pads = self._runs_padded
+        batches = list(self._scored_batches(input_ids, attention_mask, logits_to_keep, batch_size, fields, pads=pads))
+        with nullcontext() if pads else self._scoring_attention(model):
             for i, scored in enumerate(batches):
                 # what processes exchange in a forward pass they exchange once, however many passes each makes
                 is_last = i == len(batches) - 1 and torch.is_grad_enabled()
@@ -175,9 +194,11 @@ class ScoringTrainer(BaseTrainer):
         logits_to_keep: int,
         batch_size: int | None,
         fields: dict[str, Any],
+        *,
+        pads: bool,
     ) -> Iterator[Pack | PaddedRows]:
         B, width = input_ids.shape
-        if not self.pads_rows:
+        if not pads and not has_holes(attention_mask):
             prompt, completion = slice(None, width - logits_to_keep), slice(width - logits_to_keep, None)
             yield from self._packs(
                 input_ids[:, prompt], attention_mask[:, prompt], input_ids[:, completion], attention_mask[:, completion]
@@ -187,3 +208,17 @@ class ScoringTrainer(BaseTrainer):
             rows = slice(start, min(start + (batch_size or B), B))
             row_fields = multimodal.row_inputs(fields, rows)
             yield self._padded_rows(input_ids[rows], attention_mask[rows], logits_to_keep, row_fields).shifted(start)
+
+
+def has_holes(attention_mask: Tensor) -> bool:
+    """Whether a row of [B, T] leaves out tokens between others.
+
+    Such a row runs padded, as it stands: what follows a hole is predicted at its last token, which sees all but the
+    hole, and positions count it.
+    """
+    mask = attention_mask.bool()
+    num_runs = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    is_found = bool((num_runs > 1).any())
+    if is_found:
+        logger.warning_once("a mask leaves out tokens inside rows: micro-batches with such rows run padded, not packed")
+    return is_found
