@@ -1,7 +1,7 @@
 """bf16 autocast: over some models our loss, gradients and log-probs are no further from float64 than TRL 1.16's.
 
 On one model chance decides between the two, because their backbones lay out rows differently and so round differently:
-ours has the larger error in the gradients on about a third of the models.
+ours has the larger error in the gradients on a third to a half of the models.
 """
 
 from __future__ import annotations
