@@ -109,7 +109,7 @@ class CompletionLog(dict[str, Any]):
             if name == "wandb" and backend.run is None:
                 continue
             table = self.table(step)
-            if self["images"]:
+            if any(self["images"]):
                 images = _newest(self["images"], len(table["prompt"]))
                 table["image"] = [[backend.Image(image) for image in row or []] for row in images]
             frame = pd.DataFrame(table)

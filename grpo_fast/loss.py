@@ -85,10 +85,10 @@ class RowsLoss:
 
     def __init__(
         self,
-        *,
         rows_N: Tensor,
         columns_N: Tensor,
         inputs: dict[str, Tensor],
+        *,
         weights_B: Tensor,
         objective: Objective,
         bonus: Bonus,

@@ -67,6 +67,8 @@ def main(out):
     for i, case in enumerate(CASES):
         inputs = make_inputs(case, logps)
         prepare(trainer, case)
+        # wide enough for every case to have a gradient
+        trainer.epsilon_low, trainer.epsilon_high = 0.2, 1.25 if case.loss_type == "cispo" else 0.28
         micro_batches = 2 // processes
         trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = micro_batches
         for which in [rank] if processes == 2 else [0, 1]:

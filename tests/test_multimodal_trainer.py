@@ -18,6 +18,11 @@ def token_reward(completion_ids, **kwargs):
 
 
 def run(package, folder, name, images, **kwargs):
+    trainer, weights = trained(package, folder, name, images, **kwargs)
+    return trainer.state.log_history, weights
+
+
+def trained(package, folder, name, images, **kwargs):
     model, processor = FAMILIES[name]()
     # where TRL looks for it
     model.config.vocab_size = model.config.get_text_config().vocab_size
@@ -53,7 +58,7 @@ def run(package, folder, name, images, **kwargs):
     trainer.train()
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     assert not torch.equal(weights, before), "nothing was trained"
-    return trainer.state.log_history, weights
+    return trainer, weights
 
 
 @pytest.mark.trl
@@ -79,9 +84,15 @@ def test_same_numbers(tmp_path, name, settings):
 
 
 def test_rows_with_and_without_images_train_together(tmp_path):
-    history, weights = run(grpo_fast, tmp_path, "idefics3", [IMAGES[0], [], IMAGES[1]], pad_to_multiple_of=8, beta=0.1)
+    shown = [IMAGES[0], [], IMAGES[1]]
+    trainer, weights = trained(grpo_fast, tmp_path, "idefics3", shown, pad_to_multiple_of=8, beta=0.1)
     assert weights.isfinite().all()
-    assert all("kl" in line for line in history[:2])
+    assert all("kl" in line for line in trainer.state.log_history[:2])
+    # each row of the completions table has its own
+    questions = [prompt[0]["content"][-1]["text"] for prompt in trainer._logs["prompt"]]
+    counts = {"what 0": 1, "what 1?": 0, "what 2??": 2}
+    assert [len(images or []) for images in trainer._logs["images"]] == [counts[text] for text in questions]
+    assert len(set(questions)) == 3
 
 
 def test_images_need_a_processor(tmp_path):

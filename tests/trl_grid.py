@@ -77,7 +77,9 @@ def prepare(trainer: Any, case: Case) -> None:
     trainer.top_entropy_quantile = case.top_entropy_quantile
     trainer.temperature = case.temperature
     trainer._entropy_bonus_enabled = bool(case.entropy_coef)
-    trainer.epsilon_low, trainer.epsilon_high = 0.2, 1.25 if case.loss_type == "cispo" else 0.28
+    # ratios of whole sequences stay near 1: bounds as wide as for tokens would clip none
+    low, high = (0.2, 0.28) if case.importance_sampling_level == "token" else (0.02, 0.03)
+    trainer.epsilon_low, trainer.epsilon_high = low, 1 + high if case.loss_type == "cispo" else high
     trainer.args.delta, trainer.args.use_bias_correction_kl = case.delta, case.use_bias_correction_kl
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = case.importance_mode is not None
     trainer.vllm_importance_sampling_mode = case.importance_mode or "sequence_mask"

@@ -158,7 +158,7 @@ class LossTrainer(ScoringTrainer):
             return self._zero_loss(model, inputs), stats
         for i, scored in enumerate(batches):
             is_last = i == len(batches) - 1
-            parts = self._rows_loss(scored.rows, scored.columns, inputs, weights, objective, bonus)
+            parts = RowsLoss(scored.rows, scored.columns, inputs, weights_B=weights, objective=objective, bonus=bonus)
             # gradients travel between processes once, with the last pack; DDP decides that in the forward pass
             with nullcontext() if is_last else self.accelerator.no_sync(model):
                 loss, batch_stats = self._swept(model, scored, parts)
@@ -213,7 +213,7 @@ class LossTrainer(ScoringTrainer):
             num_counted = (entropies_N >= threshold).sum()
         bonus = self._bonus(objective, num_counted, threshold)
         weights = self._row_weights(inputs, mask, objective)
-        parts = self._rows_loss(rows, columns, inputs, weights, objective, bonus)
+        parts = RowsLoss(rows, columns, inputs, weights_B=weights, objective=objective, bonus=bonus)
         terms = parts.differentiable(logps_N.float(), entropies_N.float())
         stats = base_stats(objective, inputs, mask) + parts.stats(logps_N.float(), entropies_N.float(), terms)
         loss = self._with_aux_loss(terms.loss.sum(), rest[0] if rest else None, stats)
@@ -249,19 +249,6 @@ class LossTrainer(ScoringTrainer):
             )
         fields = multimodal.row_inputs(multimodal.fields_of(inputs), slice(0, ids.shape[0]))
         return [self._padded_rows(ids, attention_mask, completion_ids.shape[1], fields, mask)]
-
-    def _rows_loss(
-        self,
-        rows_N: Tensor,
-        columns_N: Tensor,
-        inputs: dict[str, Any],
-        weights_B: Tensor,
-        objective: Objective,
-        bonus: Bonus,
-    ) -> RowsLoss:
-        return RowsLoss(
-            rows_N=rows_N, columns_N=columns_N, inputs=inputs, weights_B=weights_B, objective=objective, bonus=bonus
-        )
 
     def _row_weights(self, inputs: dict[str, Any], mask: Tensor, objective: Objective) -> Tensor:
         accumulation = self._accumulation

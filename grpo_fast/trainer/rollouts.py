@@ -240,8 +240,9 @@ class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
         with self.timer.phase("rewards"):
             rewards = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         batch["advantages"] = self._advantages(rewards, prompts, completions)
-        if images is not None and self.log_multimodal:
-            self._logs["images"].extend(gather_object(images))
+        if self._is_vlm and self.log_multimodal:
+            # by all processes and for all batches, though one may have no image
+            self._logs["images"].extend(gather_object([None] * len(prompts) if images is None else images))
         return batch
 
     def _reference_points(self, batch: dict[str, Any], mask: Tensor) -> dict[str, Tensor]:

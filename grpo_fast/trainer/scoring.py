@@ -164,27 +164,38 @@ class ScoringTrainer(BaseTrainer):
             mm_token_type_ids=mm_token_type_ids,
             image_position_ids=image_position_ids,
         )
-        logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
-        entropies = torch.zeros_like(logps) if compute_entropy else None
-        aux_losses = []
         pads = self._runs_padded
         batches = list(self._scored_batches(input_ids, attention_mask, logits_to_keep, batch_size, fields, pads=pads))
+        logps = torch.zeros(input_ids.shape[0], logits_to_keep, device=input_ids.device)
         with nullcontext() if pads else self._scoring_attention(model):
-            for i, scored in enumerate(batches):
-                # what processes exchange in a forward pass they exchange once, however many passes each makes
-                is_last = i == len(batches) - 1 and torch.is_grad_enabled()
-                with nullcontext() if is_last else self.accelerator.no_sync(model), self.accelerator.autocast():
-                    logps_N, entropies_N, aux_loss = score(
-                        model,
-                        scored,
-                        temperature=self.temperature,
-                        return_entropy=compute_entropy,
-                        return_aux_loss=compute_aux_loss,
-                    )
-                logps = scored.unpack(logps_N, logps)
-                if entropies is not None and entropies_N is not None:
-                    entropies = scored.unpack(entropies_N, entropies)
-                aux_losses += [] if aux_loss is None else [aux_loss]
+            return self._scores_of(model, batches, logps, compute_entropy, compute_aux_loss)
+
+    def _scores_of(
+        self,
+        model: nn.Module,
+        batches: list[Pack | PaddedRows],
+        logps: Tensor,
+        compute_entropy: bool,
+        compute_aux_loss: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The scores of all batches, put into `logps` [B, C] of zeros and others like it."""
+        entropies = torch.zeros_like(logps) if compute_entropy else None
+        aux_losses = []
+        for i, scored in enumerate(batches):
+            # what processes exchange in a forward pass they exchange once, however many passes each makes
+            is_last = i == len(batches) - 1 and torch.is_grad_enabled()
+            with nullcontext() if is_last else self.accelerator.no_sync(model), self.accelerator.autocast():
+                logps_N, entropies_N, aux_loss = score(
+                    model,
+                    scored,
+                    temperature=self.temperature,
+                    return_entropy=compute_entropy,
+                    return_aux_loss=compute_aux_loss,
+                )
+            logps = scored.unpack(logps_N, logps)
+            if entropies is not None and entropies_N is not None:
+                entropies = scored.unpack(entropies_N, entropies)
+            aux_losses += [] if aux_loss is None else [aux_loss]
         return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
 
     def _scored_batches(
