@@ -1,7 +1,7 @@
-"""A vLLM engine in the trainer's process, generating from a copy of the trainer's weights.
+"""A vLLM engine in the trainer's process, generating from the trainer's own weights.
 
 The engine is built from the model object alone: a temporary folder holds the config, and the weights are read from
-the trainer's parameters.
+the trainer's parameters, which then become views into the engine's tensors (`shared_weights`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grpo_fast.batch import Completions, Sampling
 from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.shared_weights import SharedWeights
+from grpo_fast.generation.vllm_loader import register_loader
 from grpo_fast.generation.vllm_sampler import report_policy_logps
-from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit, register_loader, write_config
+from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
+from grpo_fast.generation.weight_map import WeightMap
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ def require_vllm() -> None:
 
 
 class VLLMEngine:
-    """vLLM's offline engine, one per process, holding its own copy of the weights."""
+    """vLLM's offline engine, one per process."""
 
     name = "vllm"
 
@@ -79,7 +82,7 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         vllm_engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Start an engine with the weights that `model` has now.
+        """Start an engine on the weights of `model`, whose parameters become views into the engine's where they can.
 
         The process's random states and torch's thread count are what they were before. On a CPU vLLM replaces
         `torch.set_num_threads` by a function that does nothing; it is put back, because the trainer's backward needs
@@ -106,6 +109,7 @@ class VLLMEngine:
         Raises:
             ImportError: vLLM is not installed.
             ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
+            RuntimeError: vLLM does not hold the weights it was given.
         """
         _check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
         self.sampling = sampling
@@ -137,6 +141,7 @@ class VLLMEngine:
             if self._has_tokenizer:
                 processing_class.save_pretrained(folder)
             self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
+        self.weights = self._share(model)
         self._llm.collective_rpc(report_policy_logps)
 
     @property
@@ -155,8 +160,21 @@ class VLLMEngine:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # each process of the launcher runs its own engine, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
-        load_format = register_loader(self._model, on_cpu=on_cpu)
-        return LLM(folder, load_format=load_format, **(arguments | overrides))
+        maps: list[WeightMap] = []
+        load_format = register_loader(self._model, on_cpu=on_cpu, adapters=True, loaded=maps.append)
+        llm = LLM(folder, load_format=load_format, **(arguments | overrides))
+        (self._weight_map,) = maps
+        return llm
+
+    def _share(self, model: nn.Module) -> SharedWeights:
+        (target,) = self._llm.apply_model(lambda target: target)
+        weights = SharedWeights(target, self._weight_map, reload=self._reload)
+        del self._weight_map
+        weights.share(model)
+        return weights
+
+    def _reload(self, weights: Any) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
 
     def generate(
         self,
@@ -188,9 +206,14 @@ class VLLMEngine:
         return _completions(outputs, [size for _, size in groups])
 
     def update_weights(self, model: nn.Module) -> None:
-        """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones."""
+        """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights."""
         self._model = weakref.ref(model)
-        self._load()
+        self.weights.update(model)
+        self._llm.reset_prefix_cache()
+
+    def shadows(self) -> dict[nn.Parameter, Tensor]:
+        """Trainable parameters -> the engine's tensors of another dtype, for an optimizer that writes both."""
+        return self.weights.shadows(self._live_model())
 
     def set_temperature(self, temperature: float) -> None:
         """See `Engine.set_temperature`."""
@@ -211,10 +234,6 @@ class VLLMEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _load(self) -> None:
-        self._llm.apply_model(lambda target: target.load_weights(named_weights(self._live_model())))
-        self._llm.reset_prefix_cache()
 
     def _live_model(self) -> nn.Module:
         model = self._model()

@@ -1,13 +1,9 @@
-"""The trainer's model as vLLM sees it: a config in a folder and a stream of named weights.
-
-A parameter of vLLM's model that no weight reaches is an error.
-"""
+"""The trainer's model as vLLM sees it: a config in a folder and a stream of named weights."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,10 +26,14 @@ def refuse_8bit(model: nn.Module) -> None:
             )
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a transformers model under their checkpoint names, active LoRA adapters added in copies.
+def named_weights(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a transformers model under their checkpoint names.
 
     bitsandbytes' 4-bit weights are given as the trainer multiplies by them, not packed.
+
+    Args:
+        model: The unwrapped policy.
+        adapters: Whether active LoRA adapters are added to the weights, in copies; else the weights are the base's.
 
     Raises:
         ValueError: the adapters are not plain LoRA.
@@ -51,7 +51,8 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         owner, _, rest = name.rpartition(".base_layer.")
         layer = base.get_submodule(owner)
         if isinstance(layer, LoraLayer):
-            yield f"{owner}.{rest}", _with_adapters(layer, rest, _plain(parameter))
+            weight = _plain(parameter)
+            yield f"{owner}.{rest}", _with_adapters(layer, rest, weight) if adapters else weight
         elif ".modules_to_save." in name:
             owner, _, rest = name.partition(".modules_to_save.")
             adapter, _, leaf = rest.partition(".")
@@ -82,28 +83,6 @@ def _with_adapters(layer: Any, leaf: str, weight: Tensor) -> Tensor:
     return weight
 
 
-@torch.no_grad()
-def load_every_parameter(target: Any, model: nn.Module) -> None:
-    """Load `model` into vLLM's `target` and check that no element of a parameter was left out.
-
-    vLLM's own list of loaded names counts a fused weight as loaded when one of its parts is, so the check is of the
-    values: all are NaN before.
-
-    Raises:
-        ValueError: naming the parameters that were not filled.
-    """
-    parameters = {name: p for name, p in target.named_parameters() if p.is_floating_point()}
-    for parameter in parameters.values():
-        parameter.fill_(math.nan)
-    target.load_weights(named_weights(model))
-    missing = [name for name, parameter in parameters.items() if parameter.isnan().any()]
-    if missing:
-        raise ValueError(
-            f"use_vllm=True: the weights of {type(model).__name__} leave parameters of vLLM's "
-            f"{type(target).__name__} unset (or are NaN themselves): {', '.join(missing)}"
-        )
-
-
 def write_config(model: nn.Module, folder: str) -> None:
     """The config vLLM builds its model from: transformers' own class name, no trace of how the trainer loaded it."""
     base = base_model(model)
@@ -113,46 +92,3 @@ def write_config(model: nn.Module, folder: str) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.save_pretrained(folder)
-
-
-def register_loader(source: Callable[[], nn.Module | None], *, on_cpu: bool) -> str:
-    """Register a vLLM model loader that reads the weights of `source()`, and return its load format."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    # On a CPU vLLM's own methods pack the weights after loading and drop the originals, so no update could reach them.
-    class PlainLinear(UnquantizedLinearMethod):
-        def process_weights_after_loading(self, layer: nn.Module) -> None:
-            pass
-
-        def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            return nn.functional.linear(x, layer.weight, bias)
-
-    class PlainEmbedding(UnquantizedEmbeddingMethod):
-        def process_weights_after_loading(self, layer: nn.Module) -> None:
-            pass
-
-        def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            return nn.functional.linear(x, layer.weight, bias)
-
-    plain = {UnquantizedLinearMethod: PlainLinear, UnquantizedEmbeddingMethod: PlainEmbedding}
-
-    class TrainerLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            pass
-
-        def load_weights(self, model: Any, model_config: Any) -> None:
-            trained = source()
-            assert trained is not None
-            if on_cpu:
-                for module in model.modules():
-                    method = plain.get(type(getattr(module, "quant_method", None)))
-                    if method is not None:
-                        module.quant_method = method()
-            load_every_parameter(model, trained)
-
-    load_format = f"grpo_fast_{id(source):x}"
-    register_model_loader(load_format)(TrainerLoader)
-    return load_format

@@ -1,0 +1,314 @@
+"""One copy of the weights: the policy's parameters are views into vLLM's tensors, so an optimizer step is the update.
+
+What cannot be one memory is copied after each step, piece by piece to where vLLM's own loader put it. Each weight is
+held by the first way that is possible:
+
+- *shared*: the parameter is a view into the engine's tensor;
+- *shadowed*: of another dtype (fp32 weights, bf16 engine); an optimizer that knows the shadow writes both;
+- *copied*: computed from several parameters (LoRA, 4-bit), sharded over processes, or on another device;
+- *reloaded*: vLLM transforms its weights after loading (quantisation, packing), so all go through its own loader again.
+
+The engine owns the shared memory: addresses that CUDA graphs captured stay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.generation.vllm_weights import named_weights
+from grpo_fast.generation.weight_map import Piece, WeightMap, engine_tensors, storage_of, whole_view
+
+logger = logging.getLogger(__name__)
+
+# copies of computed weights that live at a time; one weight may be larger
+BUCKET_BYTES = 2**28
+MIB = 2**20
+
+
+@dataclass(kw_only=True, eq=False)
+class Link:
+    """How one weight reaches the engine.
+
+    Attributes:
+        pieces: Where vLLM's loader put it.
+        view: The whole weight as the engine has it, or None if it does not lie in one piece.
+        is_shared: The parameter is `view`.
+        written: The parameter's version when an optimizer wrote `view`, or None.
+        reason: Why it is not shared.
+    """
+
+    pieces: list[Piece]
+    view: Tensor | None = None
+    is_shared: bool = False
+    written: int | None = None
+    reason: str = ""
+
+
+class SharedWeights:
+    """The policy's weights in vLLM's model."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        weight_map: WeightMap,
+        *,
+        reload: Callable[[Any], None],
+        adapters: bool = True,
+    ) -> None:
+        """Know what is where.
+
+        Args:
+            target: vLLM's model, ready to run.
+            weight_map: Recorded when it loaded the policy's weights.
+            reload: Sends named weights through vLLM's own loader and what it does after loading.
+            adapters: Whether LoRA adapters are added into the weights; see `named_weights`.
+        """
+        self._target, self._reload, self._adapters = target, reload, adapters
+        self._links = {name: Link(pieces=pieces) for name, pieces in weight_map.pieces.items() if pieces}
+        self.transformed = sorted(weight_map.opaque | self._moved())
+        self.copied_bytes = 0
+        self._is_announced = False
+
+    @torch.no_grad()
+    def share(self, model: nn.Module) -> None:
+        """Make the policy's parameters views into the engine's tensors where that is possible, and say what is not.
+
+        The engine must hold the policy's values.
+
+        Raises:
+            RuntimeError: A weight in the engine is not the policy's; names it.
+        """
+        parameters = _by_address(model)
+        for name, weight in named_weights(model, adapters=self._adapters):
+            link = self._links.get(name)
+            if link is None:
+                continue
+            parameter = parameters.get(_address(weight))
+            if not self.transformed:
+                self._check_whole(name, weight)
+            link.view = whole_view(link.pieces, weight)
+            link.reason = self._why_not_shared(link, weight, parameter)
+            if not link.reason:
+                assert link.view is not None
+                assert parameter is not None
+                parameter.data = link.view
+                link.is_shared = True
+            elif parameter is not None and not parameter.requires_grad:
+                link.written = parameter._version
+        self._announce(model)
+
+    def shadows(self, model: nn.Module) -> dict[nn.Parameter, Tensor]:
+        """Trainable parameters -> the engine's tensors of another dtype that hold the same weights."""
+        if self.transformed:
+            return {}
+        parameters = _by_address(model)
+        found: dict[nn.Parameter, Tensor] = {}
+        for name, weight in named_weights(model, adapters=self._adapters):
+            link, parameter = self._links.get(name), parameters.get(_address(weight))
+            is_open = link is not None and not link.is_shared and link.view is not None
+            if is_open and parameter is not None and parameter.requires_grad:
+                assert link is not None
+                assert link.view is not None
+                found[parameter] = link.view
+        return found
+
+    def shadows_written(self, model: nn.Module) -> None:
+        """Note that an optimizer has just written every tensor of `shadows`."""
+        parameters = _by_address(model)
+        for name, weight in named_weights(model, adapters=self._adapters):
+            link, parameter = self._links.get(name), parameters.get(_address(weight))
+            if link is not None and not link.is_shared and link.view is not None and parameter is not None:
+                link.written = parameter._version
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Bring the engine's weights up to date with the policy's; `copied_bytes` says how much was copied for it."""
+        self.copied_bytes = 0
+        if self.transformed:
+            self._reload(named_weights(model, adapters=self._adapters))
+            self.copied_bytes = sum(piece.target.nbytes for link in self._links.values() for piece in link.pieces)
+            return
+        parameters = _by_address(model)
+        bucket = _Bucket()
+        for name, weight in named_weights(model, adapters=self._adapters):
+            link = self._links.get(name)
+            if link is None:
+                continue
+            if link.is_shared and (link.view is None or _address(weight) != _address(link.view)):
+                # rebound by `model.to`, FSDP, ...
+                link.is_shared = False
+                link.reason = "no longer a view: something gave the parameter other memory"
+                self._is_announced = False
+            parameter = parameters.get(_address(weight))
+            if link.is_shared or (parameter is not None and _is_unchanged(parameter, link)):
+                continue
+            self.copied_bytes += bucket.add(link, weight)
+            if parameter is not None and not parameter.requires_grad:
+                link.written = parameter._version
+        bucket.copy()
+        self._announce(model)
+
+    # -- proof ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check(self, model: nn.Module, *, num_rows: int, generator: torch.Generator) -> None:
+        """Compare some rows of every weight, bit by bit, with the engine's live tensors.
+
+        Args:
+            model: The policy.
+            num_rows: Rows of each piece of a weight; other rows each time.
+            generator: Draws them, on the CPU.
+
+        Raises:
+            RuntimeError: naming the weights that differ.
+        """
+        if self.transformed:
+            return
+        moved = self._moved()
+        if moved:
+            raise _stale(sorted(moved), "vLLM has replaced its tensors")
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        names: list[str] = []
+        draws = torch.rand(num_rows, generator=generator).tolist()
+        for name, weight in named_weights(model, adapters=self._adapters):
+            link = self._links.get(name)
+            for source, target in [] if link is None else _places(link, weight):
+                # a vector is one row
+                for draw in draws if target.dim() > 1 else draws[:1]:
+                    ours.append(_row(source, draw).to(target.dtype))
+                    theirs.append(_row(target, draw))
+                    names.append(name)
+        wrong = _different(ours, theirs)
+        if wrong:
+            raise _stale(sorted({names[i] for i in wrong}), "its rows are not the policy's")
+
+    def _check_whole(self, name: str, weight: Tensor) -> None:
+        for piece in self._links[name].pieces:
+            source = piece.of(weight).to(device=piece.target.device, dtype=piece.target.dtype)
+            if not torch.equal(_bits(source), _bits(piece.target)):
+                raise _stale([name], "what vLLM loaded is not what it was given")
+
+    # -- what cannot be shared -----------------------------------------------------------------------------------------
+
+    def _moved(self) -> set[str]:
+        """Weights whose recorded place is in none of the engine's tensors."""
+        live = {storage_of(tensor) for _, tensor in engine_tensors(self._target)}
+        return {
+            name
+            for name, link in self._links.items()
+            if any(storage_of(piece.target) not in live for piece in link.pieces)
+        }
+
+    def _why_not_shared(self, link: Link, weight: Tensor, parameter: nn.Parameter | None) -> str:
+        if self.transformed:
+            return "vLLM transforms weights after loading"
+        if parameter is None:
+            return "computed for the engine"
+        if link.view is None:
+            return "sharded or laid out otherwise in vLLM"
+        if link.view.device != weight.device:
+            return f"the policy is on {weight.device}, vLLM on {link.view.device}"
+        if link.view.dtype != weight.dtype:
+            policy, engine = (str(tensor.dtype).removeprefix("torch.") for tensor in (weight, link.view))
+            return f"the policy is {policy}, vLLM {engine}"
+        return ""
+
+    def _announce(self, model: nn.Module) -> None:
+        if self._is_announced:
+            return
+        self._is_announced = True
+        sizes: dict[str, tuple[int, int]] = {}
+        for link in self._links.values():
+            count, size = sizes.get(link.reason, (0, 0))
+            sizes[link.reason] = (count + 1, size + sum(piece.target.nbytes for piece in link.pieces))
+        count, size = sizes.pop("", (0, 0))
+        logger.info("vLLM shares the memory of %d weights of %s (%.1f MiB)", count, type(model).__name__, size / MIB)
+        for reason, (count, size) in sizes.items():
+            logger.warning("vLLM has its own copy of %d weights (%.1f MiB): %s", count, size / MIB, reason)
+
+
+class _Bucket:
+    """Copies that are made together."""
+
+    def __init__(self) -> None:
+        self._sources: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._bytes = 0
+
+    def add(self, link: Link, weight: Tensor) -> int:
+        """Queue a weight, and return its bytes."""
+        size = 0
+        for piece in link.pieces:
+            self._sources.append(piece.of(weight))
+            self._targets.append(piece.target)
+            size += piece.target.nbytes
+        self._bytes += size
+        if self._bytes >= BUCKET_BYTES:
+            self.copy()
+        return size
+
+    def copy(self) -> None:
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources)
+        self._sources, self._targets, self._bytes = [], [], 0
+
+
+def _is_unchanged(parameter: nn.Parameter, link: Link) -> bool:
+    """Whether the engine has the parameter's present values: an optimizer wrote them too, or nobody trains it.
+
+    In-place changes raise a tensor's version, but not those through `.data`, which older optimizers make; so a trained
+    parameter's version alone proves nothing.
+    """
+    return link.written is not None and link.written == parameter._version
+
+
+def _address(tensor: Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
+
+
+def _by_address(model: nn.Module) -> dict[tuple[int, torch.Size], nn.Parameter]:
+    return {_address(parameter): parameter for parameter in model.parameters()}
+
+
+def _places(link: Link, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The weight beside what the engine has of it, in as few parts as it lies in."""
+    if link.view is not None:
+        return [(weight, link.view)]
+    return [(piece.of(weight), piece.target) for piece in link.pieces]
+
+
+def _row(tensor: Tensor, draw: float) -> Tensor:
+    """The row at the place `draw` in [0, 1) of all rows."""
+    while tensor.dim() > 1:
+        place = draw * tensor.shape[0]
+        tensor, draw = tensor[int(place)], place % 1
+    return tensor
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor as whole numbers, among which NaN equals itself."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.itemsize])
+
+
+def _different(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
+    """Indices of pairs that differ in a bit; the device is waited for once."""
+    wrong: list[int] = []
+    for dtype in {tensor.dtype for tensor in theirs}:
+        chosen = [i for i, tensor in enumerate(theirs) if tensor.dtype == dtype]
+        left, right = (_bits(torch.cat([tensors[i] for i in chosen])) for tensors in (ours, theirs))
+        if not torch.equal(left, right):
+            wrong += [i for i in chosen if not torch.equal(_bits(ours[i]), _bits(theirs[i]))]
+    return wrong
+
+
+def _stale(names: list[str], what: str) -> RuntimeError:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return RuntimeError(f"vLLM does not run the policy's weights: {shown}: {what}")
