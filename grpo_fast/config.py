@@ -171,6 +171,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "auto",
     )
     vllm_engine_kwargs: dict[str, Any] | str | None = _help("More arguments of vLLM's LLM(...).", None)
+    vllm_check_interval: int | None = _help(
+        "Optimizer steps between two comparisons of vLLM's log-probs with the trainer's; None as often as half a"
+        " percent of the run's time allows. 0 checks nothing, not even weights.",
+        None,
+    )
 
     def __post_init__(self) -> None:
         """Fill derived values, and check everything that can be checked without data or a model."""

@@ -45,7 +45,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: value >= 0,
         (
             *("beta", "epsilon", "epsilon_high", "router_aux_loss_coef", "entropy_coef_delta", "top_k"),
-            "max_tool_calling_iterations",
+            *("max_tool_calling_iterations", "vllm_check_interval"),
             *("off_policy_mask_threshold", "vllm_importance_sampling_clip_min"),
         ),
     ),
@@ -71,6 +71,7 @@ _IS = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", 
 _VLLM = (
     *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
     *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_engine_kwargs"),
+    "vllm_check_interval",
     *("vllm_importance_sampling_correction", *_IS, *_VLLM_SERVER),
 )
 

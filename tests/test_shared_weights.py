@@ -1,9 +1,13 @@
 """The policy's parameters are the engine's memory: an optimizer step is the update, for every family."""
 
+import copy
+import logging
+
 import pytest
 import torch
 
 from grpo_fast.batch import Sampling
+from grpo_fast.generation import vllm_loader
 from grpo_fast.generation.transformers_engine import TransformersEngine
 from grpo_fast.generation.vllm_engine import VLLMEngine
 from tests.vllm_models import BUILDERS, EOS, PAD, VOCABULARY, build
@@ -69,3 +73,150 @@ def test_optimizer_step_is_the_update(family):
             assert outputs[-1] != outputs[-2], "the policy did not move: equal outputs would prove nothing"
     finally:
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A policy whose weights an engine shares."""
+    model = build("llama")
+    engine = start(model)
+    yield model, engine
+    engine.close()
+
+
+def nbytes(model):
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_files_hold_every_weight_once(shared, tmp_path):
+    model, _ = shared
+    # what the files' headers may take
+    slack = 20_000
+    model.save_pretrained(tmp_path)
+    assert nbytes(model) <= (tmp_path / "model.safetensors").stat().st_size < nbytes(model) + slack
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    # vLLM's embedding is padded to a multiple of 64 rows, and is written whole
+    padding = 31 * model.config.hidden_size * 4
+    assert nbytes(model) <= (tmp_path / "state.pt").stat().st_size < nbytes(model) + padding + slack
+    state = torch.load(tmp_path / "state.pt")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+        assert torch.equal(state[name], parameter), name
+
+
+def test_loading_and_copying_leave_the_weights_shared(shared):
+    model, engine = shared
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    other = build("llama", seed=7)
+    model.load_state_dict(other.state_dict())
+    engine.update_weights(model)
+    assert engine.weights.copied_bytes == 0
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    assert engine.generate(PROMPTS, GREEDY).ids == greedy_by_transformers(other)
+    twin = copy.deepcopy(model)
+    tensors = engine_tensors(engine)
+    assert not any(is_inside(parameter, tensors) for parameter in twin.parameters())
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_gradients_are_those_of_a_model_of_its_own(shared):
+    model, _ = shared
+    twin = copy.deepcopy(model)
+    ids = torch.randint(3, VOCABULARY, (2, 12))
+    for checkpointing in (False, True):
+        for one in (model, twin):
+            one.zero_grad()
+            one.train()
+            if checkpointing:
+                one.gradient_checkpointing_enable({"use_reentrant": False})
+            one(input_ids=ids, labels=ids).loss.backward()
+        for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(parameter.grad, expected.grad)
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    model.eval()
+
+
+def test_weights_that_were_given_other_memory_are_copied_and_said(shared, caplog):
+    model, engine = shared
+    layer = model.model.layers[0].self_attn.k_proj
+    view = layer.weight.data
+    layer.weight.data = view + 1.0
+    with caplog.at_level(logging.WARNING):
+        engine.update_weights(model)
+        engine.update_weights(model)
+    assert engine.weights.copied_bytes == layer.weight.nbytes
+    assert torch.equal(view, layer.weight)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1, "once, however many updates follow"
+    assert "own copy of 1 weights (0.0 MiB): no longer a view" in said[0]
+    layer.weight.data = view
+
+
+def test_bf16_engine_shadows_fp32_weights(caplog):
+    model = build("qwen3")
+    with caplog.at_level(logging.WARNING):
+        engine = start(model, torch.bfloat16)
+    try:
+        assert "the policy is float32, vLLM bfloat16" in caplog.text
+        shadows = engine.shadows()
+        assert set(shadows) == set(model.parameters())
+        tensors = engine_tensors(engine)
+        assert all(is_inside(shadow, tensors) for shadow in shadows.values())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+        train_step(model, optimizer, 0)
+        engine.update_weights(model)
+        assert engine.weights.copied_bytes == nbytes(model) // 2
+        assert all(torch.equal(shadow, parameter.bfloat16()) for parameter, shadow in shadows.items())
+
+        # an optimizer that writes both leaves nothing to copy, until something else changes a weight
+        train_step(model, optimizer, 1)
+        for parameter, shadow in shadows.items():
+            shadow.copy_(parameter.detach())
+        engine.shadows_written()
+        engine.update_weights(model)
+        assert engine.weights.copied_bytes == 0
+        with torch.no_grad():
+            model.model.norm.weight.add_(1.0)
+        engine.update_weights(model)
+        assert engine.weights.copied_bytes == 2 * model.model.norm.weight.numel()
+        assert torch.equal(shadows[model.model.norm.weight], model.model.norm.weight.bfloat16())
+    finally:
+        engine.close()
+
+
+def test_weights_that_vllm_transforms_go_through_its_own_loader(monkeypatch, caplog):
+    # vLLM's own layers pack their weights on a CPU and drop them
+    monkeypatch.setattr("grpo_fast.generation.vllm_loader.keep_weights_as_loaded", lambda target: None)
+    model = build("qwen2")
+    with caplog.at_level(logging.WARNING):
+        engine = start(model)
+    try:
+        assert "vLLM transforms weights after loading" in caplog.text
+        assert engine.shadows() == {}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+        for seed in range(2):
+            before = engine.generate(PROMPTS, GREEDY).ids
+            train_step(model, optimizer, seed)
+            engine.update_weights(model)
+            assert engine.generate(PROMPTS, GREEDY).ids == greedy_by_transformers(model) != before
+    finally:
+        engine.close()
+
+
+def test_projections_swapped_from_the_start_are_named_before_any_weight_moves(monkeypatch):
+    record = vllm_loader.record_load
+
+    def swapped(target, weights):
+        recorded = record(target, weights)
+        q, k = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+        recorded.pieces[q], recorded.pieces[k] = recorded.pieces[k], recorded.pieces[q]
+        return recorded
+
+    monkeypatch.setattr(vllm_loader, "record_load", swapped)
+    model = build("llama", num_key_value_heads=2)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"q_proj\.weight: what vLLM loaded is not what it was given"):
+        start(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -40,6 +40,8 @@ MAX_BATCHED_TOKENS = 4096
 # A prompt's completions share its full blocks, so small blocks share more of a short prompt; 32 is the least that
 # vLLM's CPU attention takes.
 CPU_BLOCK_SIZE = 32
+# rows of each weight that `check_weights` compares: small beside a forward pass, and all are seen in time
+CHECKED_ROWS = 2
 # bytes; with less than all sequences need, vLLM runs them in turns
 CPU_MAX_KV_BYTES = 2**29
 # options that vLLM resolves with a tokenizer
@@ -142,6 +144,8 @@ class VLLMEngine:
                 processing_class.save_pretrained(folder)
             self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
         self.weights = self._share(model)
+        # of its own, so that checks leave the process's random state alone
+        self._checked = torch.Generator().manual_seed(seed)
         self._llm.collective_rpc(report_policy_logps)
 
     @property
@@ -214,6 +218,23 @@ class VLLMEngine:
     def shadows(self) -> dict[nn.Parameter, Tensor]:
         """Trainable parameters -> the engine's tensors of another dtype, for an optimizer that writes both."""
         return self.weights.shadows(self._live_model())
+
+    def shadows_written(self) -> None:
+        """Note that an optimizer has just written all of `shadows`, so that the next update need not."""
+        self.weights.shadows_written(self._live_model())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the engine's weights and activations."""
+        return self._llm.llm_engine.model_config.dtype
+
+    def check_weights(self) -> None:
+        """Compare rows of every weight with the engine's, bit by bit; other rows at each call.
+
+        Raises:
+            RuntimeError: naming the weights that differ.
+        """
+        self.weights.check(self._live_model(), num_rows=CHECKED_ROWS, generator=self._checked)
 
     def set_temperature(self, temperature: float) -> None:
         """See `Engine.set_temperature`."""

@@ -27,6 +27,7 @@ class EngineTrainer(BaseTrainer):
     timer: PhaseTimer
     use_vllm: bool
     eos_token_ids: list[int]
+    _metrics: dict[str, dict[str, list[float]]]
     _last_loaded_step: int
     _temperature: float
 
@@ -84,4 +85,11 @@ class EngineTrainer(BaseTrainer):
         if self.state.global_step != self._last_loaded_step:
             with self.timer.phase("sync"), profiling_context(self, "sync_weights"):
                 self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+                if isinstance(self.engine, VLLMEngine):
+                    self._metrics[self._mode]["sync/copied_mib"].append(self.engine.weights.copied_bytes / 2**20)
+                self._prove_engine()
             self._last_loaded_step = self.state.global_step
+
+    def _prove_engine(self) -> None:
+        """See `ProofTrainer`."""
+        raise NotImplementedError

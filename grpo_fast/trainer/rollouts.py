@@ -17,8 +17,8 @@ from grpo_fast.loss import weigh_sampler
 from grpo_fast.metrics import sampler_metrics
 from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
-from grpo_fast.trainer.engines import EngineTrainer
 from grpo_fast.trainer.losses import OWN, LossTrainer
+from grpo_fast.trainer.proof import ProofTrainer
 from grpo_fast.trainer.rewarding import RewardTrainer
 from grpo_fast.trainer.tool_loop import ToolTrainer
 
@@ -26,7 +26,7 @@ from grpo_fast.trainer.tool_loop import ToolTrainer
 ROLLOUT_KEYS = ("prompt_ids", "completion_ids", "logprobs")
 
 
-class RolloutTrainer(EngineTrainer, LossTrainer, ToolTrainer, RewardTrainer):
+class RolloutTrainer(ProofTrainer, LossTrainer, ToolTrainer, RewardTrainer):
     """The part of `GRPOTrainer` that generates and scores completions."""
 
     rollout_func: Any
