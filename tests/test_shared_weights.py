@@ -5,11 +5,13 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast.batch import Sampling
 from grpo_fast.generation import vllm_loader
 from grpo_fast.generation.transformers_engine import TransformersEngine
 from grpo_fast.generation.vllm_engine import VLLMEngine
+from grpo_fast.recipes.smollm2 import load_smollm2
 from tests.vllm_models import BUILDERS, EOS, PAD, VOCABULARY, build
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
@@ -220,3 +222,30 @@ def test_projections_swapped_from_the_start_are_named_before_any_weight_moves(mo
     with pytest.raises(RuntimeError, match=r"q_proj\.weight: what vLLM loaded is not what it was given"):
         start(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.smol
+def test_smollm2_s_optimizer_step_is_the_update():
+    folder = load_smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = tokenizer(["The capital of France is", "3 + 4 =", "Once upon a time"])["input_ids"]
+    greedy = Sampling(max_tokens=12, temperature=0)
+    eos = [tokenizer.eos_token_id]
+    transformers = TransformersEngine(model=model, pad_token_id=tokenizer.pad_token_id, eos_token_ids=eos)
+    engine = VLLMEngine(
+        model=model, processing_class=None, dtype=torch.float32, max_num_seqs=8, eos_token_ids=eos, max_model_len=64
+    )
+    try:
+        assert all(link.is_shared for link in engine.weights._links.values())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        outputs = [engine.generate(prompts, greedy).ids]
+        for seed in range(2):
+            train_step(model, optimizer, seed)
+            engine.update_weights(model)
+            assert engine.weights.copied_bytes == 0
+            outputs.append(engine.generate(prompts, greedy).ids)
+            assert outputs[-1] == transformers.generate(prompts, greedy).ids
+        assert outputs[0] != outputs[-1]
+    finally:
+        engine.close()

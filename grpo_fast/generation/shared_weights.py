@@ -182,7 +182,7 @@ class SharedWeights:
             for source, target in [] if link is None else _places(link, weight):
                 # a vector is one row
                 for draw in draws if target.dim() > 1 else draws[:1]:
-                    ours.append(_row(source, draw).to(target.dtype))
+                    ours.append(_row(source, draw))
                     theirs.append(_row(target, draw))
                     names.append(name)
         wrong = _different(ours, theirs)
@@ -191,8 +191,7 @@ class SharedWeights:
 
     def _check_whole(self, name: str, weight: Tensor) -> None:
         for piece in self._links[name].pieces:
-            source = piece.of(weight).to(device=piece.target.device, dtype=piece.target.dtype)
-            if not torch.equal(_bits(source), _bits(piece.target)):
+            if not _is_same(piece.of(weight), piece.target):
                 raise _stale([name], "what vLLM loaded is not what it was given")
 
     # -- what cannot be shared -----------------------------------------------------------------------------------------
@@ -299,14 +298,19 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _different(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
-    """Indices of pairs that differ in a bit; the device is waited for once."""
+    """Indices of pairs of vectors that differ in a bit of the second's dtype; the device is waited for once a dtype."""
+    kinds = [(left.dtype, right.dtype) for left, right in zip(ours, theirs, strict=True)]
     wrong: list[int] = []
-    for dtype in {tensor.dtype for tensor in theirs}:
-        chosen = [i for i, tensor in enumerate(theirs) if tensor.dtype == dtype]
-        left, right = (_bits(torch.cat([tensors[i] for i in chosen])) for tensors in (ours, theirs))
-        if not torch.equal(left, right):
-            wrong += [i for i in chosen if not torch.equal(_bits(ours[i]), _bits(theirs[i]))]
+    for kind in set(kinds):
+        chosen = [i for i, other in enumerate(kinds) if other == kind]
+        left, right = (torch.cat([rows[i] for i in chosen]) for rows in (ours, theirs))
+        if not _is_same(left, right):
+            wrong += [i for i in chosen if not _is_same(ours[i], theirs[i])]
     return wrong
+
+
+def _is_same(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.equal(_bits(ours.to(theirs)), _bits(theirs))
 
 
 def _stale(names: list[str], what: str) -> RuntimeError:

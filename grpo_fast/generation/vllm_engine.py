@@ -40,8 +40,8 @@ MAX_BATCHED_TOKENS = 4096
 # A prompt's completions share its full blocks, so small blocks share more of a short prompt; 32 is the least that
 # vLLM's CPU attention takes.
 CPU_BLOCK_SIZE = 32
-# rows of each weight that `check_weights` compares: small beside a forward pass, and all are seen in time
-CHECKED_ROWS = 2
+# rows of each weight that `check_weights` compares; all rows are seen in time
+CHECKED_ROWS = 1
 # bytes; with less than all sequences need, vLLM runs them in turns
 CPU_MAX_KV_BYTES = 2**29
 # options that vLLM resolves with a tokenizer
