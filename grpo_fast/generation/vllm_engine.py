@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from grpo_fast.batch import Completions, Sampling
-from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.base import Engine, base_model, check_options, check_prompts, context_length
 from grpo_fast.generation.vllm_sampler import report_policy_logps
 from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit, register_loader, write_config
 
@@ -56,7 +56,7 @@ def require_vllm() -> None:
         )
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """vLLM's offline engine, one per process, holding its own copy of the weights."""
 
     name = "vllm"
