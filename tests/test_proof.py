@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from grpo_fast import GRPOConfig, GRPOTrainer
 from grpo_fast.generation import canary, shared_weights
 from grpo_fast.generation.canary import Pace
+from grpo_fast.optimizer import ShadowAdamW
 from tests.tiny_lm import make_model, make_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
@@ -96,6 +97,18 @@ def test_a_bf16_engine_passes_every_check(copied):
     run_with(copied, lambda: None)
     lines = [line for line in copied.state.log_history if "reward" in line]
     assert lines[-1]["sync/copied_mib"] > 0
+
+
+def test_the_default_optimizer_writes_the_engine_s_weights(copied, monkeypatch):
+    monkeypatch.setattr(copied.args, "optim", "adamw_torch_fused")
+    monkeypatch.setattr(copied, "optimizer", None)
+    monkeypatch.setattr(copied, "lr_scheduler", None)
+    run_with(copied, lambda: None)
+    assert isinstance(copied.optimizer, ShadowAdamW)
+    first, *later = [line["sync/copied_mib"] for line in copied.state.log_history if "reward" in line]
+    # an update that `run_with` forces before the first step cannot know that all is fresh
+    assert first > 0
+    assert later == [0, 0]
 
 
 def test_one_weight_that_is_not_updated_is_named(copied, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from grpo_fast.batch import Completions, Sampling
 
@@ -40,6 +40,18 @@ class Engine(Protocol):
     def update_weights(self, model: nn.Module) -> None:
         """Generate from the weights `model` has now; to be called after every optimizer step."""
         ...
+
+    def shadows(self) -> dict[nn.Parameter, Tensor]:
+        """The engine's own copies of the policy's parameters, by parameter, for an optimizer to write.
+
+        A shadow has its parameter's shape and device and another dtype. An engine that reads the parameters
+        themselves, or that copies them in `update_weights` only, has none.
+        """
+        return {}
+
+    def shadows_written(self) -> None:
+        """Take note that an optimizer has just written all of `shadows`: the next update need not."""
+        return
 
     def set_temperature(self, temperature: float) -> None:
         """Draw at this temperature where a call does not say otherwise; 0 is greedy."""

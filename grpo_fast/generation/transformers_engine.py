@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from grpo_fast.batch import Completions, Sampling
-from grpo_fast.generation.base import check_options, check_prompts, context_length
+from grpo_fast.generation.base import Engine, check_options, check_prompts, context_length
 from grpo_fast.generation.unwrap import generation_config_of
 from grpo_fast.modes import evaluating
 
@@ -68,7 +68,7 @@ class PaddedBatch:
         return completions
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Draws completions with transformers, from the trainer's weights."""
 
     def __init__(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.batch import Completions, Sampling
-from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.base import Engine, base_model, check_options, check_prompts, context_length
 from grpo_fast.generation.shared_weights import SharedWeights
 from grpo_fast.generation.vllm_loader import register_loader
 from grpo_fast.generation.vllm_sampler import report_policy_logps
@@ -61,7 +61,7 @@ def require_vllm() -> None:
         )
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """vLLM's offline engine, one per process."""
 
     name = "vllm"
@@ -216,11 +216,11 @@ class VLLMEngine:
         self._llm.reset_prefix_cache()
 
     def shadows(self) -> dict[nn.Parameter, Tensor]:
-        """Trainable parameters -> the engine's tensors of another dtype, for an optimizer that writes both."""
+        """See `Engine.shadows`."""
         return self.weights.shadows(self._live_model())
 
     def shadows_written(self) -> None:
-        """Note that an optimizer has just written all of `shadows`, so that the next update need not."""
+        """See `Engine.shadows_written`."""
         self.weights.shadows_written(self._live_model())
 
     @property

@@ -29,6 +29,7 @@ from grpo_fast.rewards import RewardFunc, check_rewards, is_async, make_rewards
 from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
 from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from TRL's module of this name
+from grpo_fast.trainer.optimizers import OptimizerTrainer
 from grpo_fast.trainer.reporting import ReportingTrainer
 from grpo_fast.trainer.rollouts import RolloutTrainer
 
@@ -45,7 +46,7 @@ RolloutFunc = Callable[[list[Any], "GRPOTrainer"], dict[str, Any]]
 EnvironmentFactory = Callable[[], SupportsReset]
 
 
-class GRPOTrainer(RolloutTrainer, DataTrainer, ReportingTrainer):
+class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) with TRL 1.16's arguments and numbers.
 
     Args:

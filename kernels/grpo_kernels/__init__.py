@@ -1,6 +1,7 @@
-"""The LM head and the policy loss of a GRPO step, exact and without the logits."""
+"""The LM head, the policy loss and the optimizer step of GRPO: exact, without the logits."""
 
 from grpo_kernels import reference
+from grpo_kernels.adamw import adamw_step
 from grpo_kernels.linear_logps import linear_logps
 from grpo_kernels.linear_loss import linear_loss
 from grpo_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss
@@ -11,6 +12,7 @@ __all__ = [
     "LinearPolicyLoss",
     "PolicyLoss",
     "PolicyTotals",
+    "adamw_step",
     "entropy_quantile",
     "linear_logps",
     "linear_loss",

@@ -29,6 +29,7 @@ MODULES = (
     "grpo_kernels.kept_kernels",
     "grpo_kernels.row_kernels",
     "grpo_kernels.policy_loss_kernel",
+    "grpo_kernels.adamw_kernel",
 )
 REGISTERS_PER_SM = 65536
 THREADS_PER_SM = 2048

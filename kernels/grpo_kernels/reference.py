@@ -5,6 +5,7 @@ Runs on any device and float dtype. N tokens, D hidden width, V vocabulary. The 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -240,3 +241,45 @@ def run_linear_policy_loss(
         entropy=entropies_N.detach(),
         terms=replace(terms, loss=terms.loss.detach()),
     )
+
+
+@torch.no_grad()
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+    shadows: Sequence[Tensor | None] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """See `grpo_kernels.adamw_step`: algorithm 2 of the paper, tensor by tensor, then the copies."""
+    if found_inf is not None and found_inf.item() == 1:
+        return
+    beta1, beta2 = betas
+    for i, (theta, m, v, t) in enumerate(zip(params, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        wide = torch.promote_types(theta.dtype, torch.float32)
+        t += 1
+        g = grads[i].to(wide)
+        if grad_scale is not None:
+            g = g / grad_scale.reshape(())
+            grads[i].copy_(g)
+        if maximize:
+            g = -g
+        new_m = beta1 * m.to(wide) + (1 - beta1) * g
+        new_v = beta2 * v.to(wide) + (1 - beta2) * g.square()
+        m_hat = new_m / (1 - beta1 ** t.item())
+        v_hat = new_v / (1 - beta2 ** t.item())
+        decayed = theta.to(wide) * (1 - lr * weight_decay)
+        theta.copy_(decayed - lr * m_hat / (v_hat.sqrt() + eps))
+        m.copy_(new_m)
+        v.copy_(new_v)
+        if shadows is not None and (shadow := shadows[i]) is not None:
+            shadow.copy_(theta)
