@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,14 +29,13 @@ SUMS = (
     "bonus_entropy",  # over the tokens that the bonus counts
     "bonus_tokens",
     "aux",  # the auxiliary loss, once a micro-batch
-    "difference",  # |trainer's - sampler's log-prob|
-    "differences",
     "ratio",  # the sampler's importance weights
     "ratios",
-    "samplers",  # micro-batches whose loss pass weighs the sampler
+    "unclipped_ratio",
+    "samplers",  # micro-batches whose loss pass compares the policy with the sampler
 )
-# over rows, of minus the low-clipped share and of the high-clipped share; of the difference; of minus the weight, of it
-MAXIMA = ("low", "high", "difference", "low_ratio", "ratio")
+# over rows, of minus the low-clipped share and of the high-clipped share; of minus the sampler's weight, and of it
+MAXIMA = ("low", "high", "low_ratio", "ratio")
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,13 @@ class Stats:
     Attributes:
         sums: [len(SUMS)] fp32.
         maxima: [len(MAXIMA)] fp32, -inf where there is nothing; minima travel as the maxima of their negatives.
+        log_ratios: [tokens] fp32 each: the trainer's minus the sampler's log-probs, NaN where not reported. No sum
+            gives a percentile.
     """
 
     sums: Tensor
     maxima: Tensor
+    log_ratios: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def empty(device: torch.device) -> Stats:
@@ -72,7 +74,8 @@ class Stats:
         return self.sums[[SUMS.index(name) for name in names]]
 
     def __add__(self, other: Stats) -> Stats:
-        return Stats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+        maxima = torch.maximum(self.maxima, other.maxima)
+        return Stats(self.sums + other.sums, maxima, self.log_ratios + other.log_ratios)
 
     def vector(self) -> Tensor:
         """[len(SUMS) + len(MAXIMA)] fp32, for one gather over the processes."""
@@ -119,29 +122,30 @@ def loss_metrics(
     return metrics
 
 
-def sampler_metrics(gathered: Tensor) -> dict[str, float]:
+def has_samplers(gathered: Tensor) -> bool:
+    """Whether a micro-batch of any process compared the policy with the sampler; [..., len(SUMS) + len(MAXIMA)]."""
+    return bool(gathered[..., SUMS.index("samplers")].any())
+
+
+def ratio_metrics(gathered: Tensor) -> dict[str, float]:
     """TRL's metrics of the sampler's importance weights, over the micro-batches of an optimizer step.
+
+    And the mean before clipping or masking: 1 where sampler and trainer agree on temperature, support and weights,
+    whatever the bounds hide.
 
     Args:
         gathered: [processes, micro-batches, len(SUMS) + len(MAXIMA)] fp32.
-
-    Returns:
-        Nothing if no loss pass weighed the sampler.
     """
     sums, maxima = _named(gathered.flatten(0, 1))
-    if not sums["samplers"]:
-        return {}
     processes = [_named(process)[0] for process in gathered]
     # the mean of the processes' means, as in TRL
-    mean_difference = sum(s["difference"] / max(s["differences"], 1.0) for s in processes) / len(processes)
     mean_ratio = sum(s["ratio"] / max(s["ratios"], 1.0) for s in processes) / len(processes)
     has_ratios = sums["ratios"] > 0
     return {
-        "sampling/sampling_logp_difference/mean": mean_difference,
-        "sampling/sampling_logp_difference/max": max(maxima["difference"], 0.0),
         "sampling/importance_sampling_ratio/min": -maxima["low_ratio"] if has_ratios else 0.0,
         "sampling/importance_sampling_ratio/mean": mean_ratio,
         "sampling/importance_sampling_ratio/max": maxima["ratio"] if has_ratios else 0.0,
+        "sampling/importance_sampling_ratio/unclipped_mean": sums["unclipped_ratio"] / max(sums["ratios"], 1.0),
     }
 
 
