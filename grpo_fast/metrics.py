@@ -1,4 +1,4 @@
-"""Metrics: sums taken on the device during a micro-batch, reduced once over the processes, in TRL's names."""
+"""Metrics: sums taken on the device during a micro-batch, reduced once over the processes, in TRL's names; phases."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from grpo_fast.memory import MemoryMeter
 from grpo_kernels.options import PolicyOptions
 
 SUMS = (
@@ -160,16 +161,22 @@ def mean_without_nan(values: list[float]) -> float | None:
 
 
 class PhaseTimer:
-    """Wall seconds by phase since the last `take`; a phase inside another is charged to the inner one only."""
+    """Wall seconds and the most memory by phase since the last `take`.
 
-    def __init__(self) -> None:
+    A phase inside another is charged to the inner one only: the outer one has what its own stretches take.
+    """
+
+    def __init__(self, meter: MemoryMeter | None = None) -> None:
+        """Begin with no phase; without a `meter` only seconds are taken."""
+        self.meter = meter
         self._seconds: dict[str, float] = defaultdict(float)
+        self._peaks: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to `name`."""
+        """Add the seconds of the block to `name`, and raise its memory to the block's."""
         self._charge()
         self._open.append(name)
         try:
@@ -179,21 +186,27 @@ class PhaseTimer:
             self._open.pop()
 
     def _charge(self) -> None:
-        """Give the seconds since the last change of phase to the innermost open one."""
+        """Give the seconds and the memory since the last change of phase to the innermost open one."""
         now = time.perf_counter()
+        peaks = {} if self.meter is None else self.meter.take()
         if self._open:
-            self._seconds[self._open[-1]] += now - self._since
+            phase = self._open[-1]
+            self._seconds[f"time/{phase}"] += now - self._since
+            for kind, mib in peaks.items():
+                name = f"memory/{phase}_{kind}"
+                self._peaks[name] = max(self._peaks[name], mib)
         self._since = now
 
     def take(self) -> dict[str, float]:
-        """The seconds by phase, starting again from 0."""
-        seconds = dict(self._seconds)
+        """`time/<phase>` in seconds and `memory/<phase>_...` in MiB, starting again from 0."""
+        taken = {**self._seconds, **self._peaks}
         self._seconds.clear()
-        return seconds
+        self._peaks.clear()
+        return taken
 
 
 class StepTimer(TrainerCallback):
-    """Times the optimizer, and files the phases of each optimizer step as `time/<phase>` seconds."""
+    """Times the optimizer, and files the phases of each optimizer step: this process's, not all processes'."""
 
     def __init__(self, timer: PhaseTimer, metrics: dict[str, list[float]]) -> None:
         self.timer = timer
@@ -211,5 +224,5 @@ class StepTimer(TrainerCallback):
         self._stack.close()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        for phase, seconds in self.timer.take().items():
-            self.metrics[f"time/{phase}"].append(seconds)
+        for name, value in self.timer.take().items():
+            self.metrics[name].append(value)

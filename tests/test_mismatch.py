@@ -135,6 +135,7 @@ def test_two_processes_pool_their_tokens(tmp_path, plain):
 def test_without_a_correction_the_sampler_is_compared_and_not_weighed(tmp_path, settings):
     trainer = run(tmp_path, corrects=False, **settings)
     line = sampler_lines(trainer)[0]
+    assert len(trainer.checked) == (1 if settings else 2), "a generation is compared once"
     values = torch.cat(log_ratios(trainer, num_rows=8))
     assert line == pytest.approx(formulas(values[~values.isnan()].numpy()), rel=MODEL_RTOL)
 
