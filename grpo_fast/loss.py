@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_fast.importance import Correction, SamplerWeights, sampler_weights
+from grpo_fast.importance import Correction, sampler_weights
 from grpo_fast.metrics import Stats
 from grpo_kernels import PolicyLoss, normalisers, policy_loss
 from grpo_kernels.options import PolicyOptions, Tokens
@@ -112,6 +112,7 @@ class RowsLoss:
             return values[rows_N, 0] if values.shape[1] == 1 else values[rows_N, columns_N]
 
         self.objective, self.rows_N, self.bonus = objective, rows_N, bonus
+        self.compares_sampler = compares_sampler(objective, inputs)
         options = objective.options
         self.sampling_N = tokens("sampling_per_token_logps")
         self.given_ratio_N = tokens("importance_sampling_ratio") if objective.correction is not None else None
@@ -155,26 +156,28 @@ class RowsLoss:
             return stats
         self._add_terms(stats, terms)
         self._add_entropies(stats, entropies_N, terms)
-        sampler = self._sampler(logps_N, slice(0, logps_N.numel()))
-        if sampler is not None and self.given_ratio_N is None:
-            _add_sampler(stats, sampler)
+        if self.compares_sampler:
+            log_ratios_N = self._log_ratios(logps_N, slice(0, logps_N.numel()))
+            _add_sampler(stats, log_ratios_N, self.rows_N, self.objective.correction)
         return stats
 
     def _tokens(self, logps: Tensor, some: slice) -> Tokens:
-        tokens = self.tokens.rows(some)
-        if self.objective.correction is None:
+        tokens, correction = self.tokens.rows(some), self.objective.correction
+        if correction is None:
             return tokens
         if self.given_ratio_N is not None:
             return replace(tokens, sampling_weights=self.given_ratio_N[some])
-        sampler = self._sampler(logps, some)
-        return tokens if sampler is None else replace(tokens, sampling_weights=sampler.weights)
+        if self.sampling_N is None:
+            return tokens
+        # a slice of whole rows
+        sampler = sampler_weights(self._log_ratios(logps, some), self.rows_N[some], correction)
+        return replace(tokens, sampling_weights=sampler.weights)
 
-    def _sampler(self, logps: Tensor, some: slice) -> SamplerWeights | None:
-        """The sampler's weights of a slice of whole rows, from their log-probs."""
-        if self.sampling_N is None or self.objective.correction is None:
-            return None
+    def _log_ratios(self, logps: Tensor, some: slice) -> Tensor:
+        """Of trainer's over sampler's probability, for a slice of the N tokens."""
+        assert self.sampling_N is not None
         old = logps if self.tokens.old_logps is None else self.tokens.old_logps[some]
-        return sampler_weights(old, self.sampling_N[some], self.rows_N[some], self.objective.correction)
+        return old.detach() - self.sampling_N[some]
 
     def _add_terms(self, stats: Stats, terms: PolicyLoss) -> None:
         """KL, clipped shares and VESPO's weight: by token, or by row where one value holds for the whole row."""
@@ -202,12 +205,18 @@ class RowsLoss:
             stats.add(policy=weight * counted_N.sum())
 
 
-def _add_sampler(stats: Stats, sampler: SamplerWeights) -> None:
-    is_reported = ~sampler.differences.isnan()
-    differences = sampler.differences.nan_to_num(nan=0.0)
-    stats.add(difference=differences.sum(), differences=is_reported.sum())
-    stats.add(ratio=sampler.ratios.sum(), ratios=sampler.ratios.numel())
-    stats.at_least(difference=differences.amax(), low_ratio=(-sampler.ratios).amax(), ratio=sampler.ratios.amax())
+def compares_sampler(objective: Objective, inputs: dict[str, Tensor]) -> bool:
+    """Whether a micro-batch's loss pass compares the policy with the sampler: if it can, and nothing has before."""
+    before = "old_per_token_logps" if objective.correction is None else "importance_sampling_ratio"
+    return "sampling_per_token_logps" in inputs and before not in inputs
+
+
+def _add_sampler(stats: Stats, log_ratios_N: Tensor, rows_N: Tensor, correction: Correction | None) -> None:
+    stats.log_ratios.append(log_ratios_N)
+    if correction is not None:
+        sampler = sampler_weights(log_ratios_N, rows_N, correction)
+        stats.add(ratio=sampler.ratios.sum(), ratios=sampler.ratios.numel(), unclipped_ratio=sampler.unclipped.sum())
+        stats.at_least(low_ratio=(-sampler.ratios).amax(), ratio=sampler.ratios.amax())
 
 
 def base_stats(objective: Objective, inputs: dict[str, Tensor], mask_BC: Tensor) -> Stats:
@@ -228,41 +237,44 @@ def base_stats(objective: Objective, inputs: dict[str, Tensor], mask_BC: Tensor)
             stats.add(flags=num_rows)
             stats.at_least(low=zero_if_any, high=zero_if_any)
         stats.add(phi=num_rows, phis=num_rows)
-    if objective.correction is not None and "importance_sampling_ratio" not in inputs:
+    if compares_sampler(objective, inputs):
         _add_unweighed_rows(stats, objective.correction, num_rows)
     return stats
 
 
-def _add_unweighed_rows(stats: Stats, correction: Correction, num_rows: Tensor) -> None:
+def _add_unweighed_rows(stats: Stats, correction: Correction | None, num_rows: Tensor) -> None:
     """Rows without a token in the loss: where rows are weighed, their ratio is 1."""
     stats.add(samplers=1)
-    if correction.weighs_rows:
+    if correction is not None and correction.weighs_rows:
         weight = correction.bounded(torch.ones((), device=num_rows.device))
         is_any = torch.where(num_rows > 0, 0.0, -math.inf)
-        stats.add(ratio=num_rows * weight, ratios=num_rows)
+        stats.add(ratio=num_rows * weight, ratios=num_rows, unclipped_ratio=num_rows)
         stats.at_least(low_ratio=is_any - weight, ratio=is_any + weight)
 
 
-def weigh_sampler(batch: dict[str, Tensor], mask_BC: Tensor, correction: Correction) -> tuple[Tensor, Stats]:
+def weigh_sampler(
+    batch: dict[str, Tensor], mask_BC: Tensor, correction: Correction | None
+) -> tuple[Tensor | None, Stats]:
     """The sampler's importance weights of a whole padded batch, before any loss pass.
 
     Args:
         batch: `old_per_token_logps` and `sampling_per_token_logps` [B, C].
         mask_BC: [B, C], the tokens in the loss.
-        correction: Mode and bounds.
+        correction: Mode and bounds; None compares without weighing.
 
     Returns:
         `importance_sampling_ratio`, [B, 1] where rows are weighed, else [B, C]; and what the metrics need.
     """
     rows, columns = mask_BC.nonzero(as_tuple=True)
-    old, sampling = (batch[f"{name}_per_token_logps"][rows, columns] for name in ("old", "sampling"))
-    ratio = correction.bounded(torch.ones(mask_BC.shape, device=mask_BC.device))
+    log_ratios = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[rows, columns]
     stats = Stats.empty(mask_BC.device)
     _add_unweighed_rows(stats, correction, (mask_BC.sum(1) == 0).sum())
     if rows.numel():
-        sampler = sampler_weights(old, sampling, rows, correction)
-        ratio = ratio.index_put((rows, columns), sampler.weights)
-        _add_sampler(stats, sampler)
+        _add_sampler(stats, log_ratios, rows, correction)
+    if correction is None:
+        return None, stats
+    ratio = correction.bounded(torch.ones(mask_BC.shape, device=mask_BC.device))
+    ratio = ratio.index_put((rows, columns), sampler_weights(log_ratios, rows, correction).weights)
     if correction.weighs_rows:
         ratio = ratio.gather(1, mask_BC.int().argmax(1, keepdim=True))
     return ratio, stats

@@ -1,4 +1,4 @@
-"""Metrics: sums taken on the device during a micro-batch, reduced once over the processes, in TRL's names."""
+"""Metrics: sums taken on the device during a micro-batch, reduced once over the processes, in TRL's names; phases."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from grpo_fast.memory import MemoryMeter
 from grpo_kernels.options import PolicyOptions
 
 SUMS = (
@@ -29,14 +30,13 @@ SUMS = (
     "bonus_entropy",  # over the tokens that the bonus counts
     "bonus_tokens",
     "aux",  # the auxiliary loss, once a micro-batch
-    "difference",  # |trainer's - sampler's log-prob|
-    "differences",
     "ratio",  # the sampler's importance weights
     "ratios",
-    "samplers",  # micro-batches whose loss pass weighs the sampler
+    "unclipped_ratio",
+    "samplers",  # micro-batches whose loss pass compares the policy with the sampler
 )
-# over rows, of minus the low-clipped share and of the high-clipped share; of the difference; of minus the weight, of it
-MAXIMA = ("low", "high", "difference", "low_ratio", "ratio")
+# over rows, of minus the low-clipped share and of the high-clipped share; of minus the sampler's weight, and of it
+MAXIMA = ("low", "high", "low_ratio", "ratio")
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,13 @@ class Stats:
     Attributes:
         sums: [len(SUMS)] fp32.
         maxima: [len(MAXIMA)] fp32, -inf where there is nothing; minima travel as the maxima of their negatives.
+        log_ratios: [tokens] fp32 each: the trainer's minus the sampler's log-probs, NaN where not reported. No sum
+            gives a percentile.
     """
 
     sums: Tensor
     maxima: Tensor
+    log_ratios: list[Tensor] = field(default_factory=list)
 
     @staticmethod
     def empty(device: torch.device) -> Stats:
@@ -72,7 +75,8 @@ class Stats:
         return self.sums[[SUMS.index(name) for name in names]]
 
     def __add__(self, other: Stats) -> Stats:
-        return Stats(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
+        maxima = torch.maximum(self.maxima, other.maxima)
+        return Stats(self.sums + other.sums, maxima, self.log_ratios + other.log_ratios)
 
     def vector(self) -> Tensor:
         """[len(SUMS) + len(MAXIMA)] fp32, for one gather over the processes."""
@@ -119,29 +123,30 @@ def loss_metrics(
     return metrics
 
 
-def sampler_metrics(gathered: Tensor) -> dict[str, float]:
+def has_samplers(gathered: Tensor) -> bool:
+    """Whether a micro-batch of any process compared the policy with the sampler; [..., len(SUMS) + len(MAXIMA)]."""
+    return bool(gathered[..., SUMS.index("samplers")].any())
+
+
+def ratio_metrics(gathered: Tensor) -> dict[str, float]:
     """TRL's metrics of the sampler's importance weights, over the micro-batches of an optimizer step.
+
+    And the mean before clipping or masking: 1 where sampler and trainer agree on temperature, support and weights,
+    whatever the bounds hide.
 
     Args:
         gathered: [processes, micro-batches, len(SUMS) + len(MAXIMA)] fp32.
-
-    Returns:
-        Nothing if no loss pass weighed the sampler.
     """
     sums, maxima = _named(gathered.flatten(0, 1))
-    if not sums["samplers"]:
-        return {}
     processes = [_named(process)[0] for process in gathered]
     # the mean of the processes' means, as in TRL
-    mean_difference = sum(s["difference"] / max(s["differences"], 1.0) for s in processes) / len(processes)
     mean_ratio = sum(s["ratio"] / max(s["ratios"], 1.0) for s in processes) / len(processes)
     has_ratios = sums["ratios"] > 0
     return {
-        "sampling/sampling_logp_difference/mean": mean_difference,
-        "sampling/sampling_logp_difference/max": max(maxima["difference"], 0.0),
         "sampling/importance_sampling_ratio/min": -maxima["low_ratio"] if has_ratios else 0.0,
         "sampling/importance_sampling_ratio/mean": mean_ratio,
         "sampling/importance_sampling_ratio/max": maxima["ratio"] if has_ratios else 0.0,
+        "sampling/importance_sampling_ratio/unclipped_mean": sums["unclipped_ratio"] / max(sums["ratios"], 1.0),
     }
 
 
@@ -156,16 +161,22 @@ def mean_without_nan(values: list[float]) -> float | None:
 
 
 class PhaseTimer:
-    """Wall seconds by phase since the last `take`; a phase inside another is charged to the inner one only."""
+    """Wall seconds and the most memory by phase since the last `take`.
 
-    def __init__(self) -> None:
+    A phase inside another is charged to the inner one only: the outer one has what its own stretches take.
+    """
+
+    def __init__(self, meter: MemoryMeter | None = None) -> None:
+        """Begin with no phase; without a `meter` only seconds are taken."""
+        self.meter = meter
         self._seconds: dict[str, float] = defaultdict(float)
+        self._peaks: dict[str, float] = defaultdict(float)
         self._open: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to `name`."""
+        """Add the seconds of the block to `name`, and raise its memory to the block's."""
         self._charge()
         self._open.append(name)
         try:
@@ -175,21 +186,27 @@ class PhaseTimer:
             self._open.pop()
 
     def _charge(self) -> None:
-        """Give the seconds since the last change of phase to the innermost open one."""
+        """Give the seconds and the memory since the last change of phase to the innermost open one."""
         now = time.perf_counter()
+        peaks = {} if self.meter is None else self.meter.take()
         if self._open:
-            self._seconds[self._open[-1]] += now - self._since
+            phase = self._open[-1]
+            self._seconds[f"time/{phase}"] += now - self._since
+            for kind, mib in peaks.items():
+                name = f"memory/{phase}_{kind}"
+                self._peaks[name] = max(self._peaks[name], mib)
         self._since = now
 
     def take(self) -> dict[str, float]:
-        """The seconds by phase, starting again from 0."""
-        seconds = dict(self._seconds)
+        """`time/<phase>` in seconds and `memory/<phase>_...` in MiB, starting again from 0."""
+        taken = {**self._seconds, **self._peaks}
         self._seconds.clear()
-        return seconds
+        self._peaks.clear()
+        return taken
 
 
 class StepTimer(TrainerCallback):
-    """Times the optimizer, and files the phases of each optimizer step as `time/<phase>` seconds."""
+    """Times the optimizer, and files the phases of each optimizer step: this process's, not all processes'."""
 
     def __init__(self, timer: PhaseTimer, metrics: dict[str, list[float]]) -> None:
         self.timer = timer
@@ -207,5 +224,5 @@ class StepTimer(TrainerCallback):
         self._stack.close()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        for phase, seconds in self.timer.take().items():
-            self.metrics[f"time/{phase}"].append(seconds)
+        for name, value in self.timer.take().items():
+            self.metrics[name].append(value)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from grpo_fast.importance import Correction
+from grpo_fast.importance import Correction, mismatch_metrics
 from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, row_weights
-from grpo_fast.metrics import Stats, loss_metrics, sampler_metrics
+from grpo_fast.metrics import Stats, has_samplers, loss_metrics, ratio_metrics
 from grpo_kernels.options import PolicyOptions
 
 B, C = 4, 5
@@ -49,7 +49,8 @@ def make_parts(rows, columns, inputs, weights, objective):
 def metrics_of(stats, objective):
     vector = stats.vector()[None]
     metrics = loss_metrics(vector, objective.options, has_bonus=False, has_aux_loss=False, policy_scale=1.0)
-    return metrics | sampler_metrics(vector[None])
+    log_ratios = torch.cat([vector[0, :0], *stats.log_ratios])
+    return metrics | ratio_metrics(vector[None]) | mismatch_metrics(log_ratios[None])
 
 
 def packed(inputs, logps, mask, objective, splits=((0, 1), (2, 3))):
@@ -135,7 +136,9 @@ def test_metrics():
     tokens = mask.sum()
     row_share = [(part.sum(1) / mask.sum(1))[mask.any(1)] for part in (low, high)]
     _, _, weights = padded(inputs, logps, mask, make_objective())
-    difference = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs()[mask]
+    log_ratio = (inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"])[mask].double()
+    difference, ratio = log_ratio.abs(), log_ratio.exp()
+    row_log_ratios = torch.stack([part.sum() for part in log_ratio.split([n for n in LENGTHS if n])])
     expected = {
         "entropy": 0.5,
         "clip_ratio/low_mean": low.sum() / tokens,
@@ -145,9 +148,15 @@ def test_metrics():
         "clip_ratio/high_max": row_share[1].max(),
         "sampling/sampling_logp_difference/mean": difference.mean(),
         "sampling/sampling_logp_difference/max": difference.max(),
+        "sampling/sampling_logp_difference/p99": difference.quantile(0.99),
+        "sampling/effective_sample_size": ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()),
+        "sampling/kl_sampler_trainer": (ratio - 1 - log_ratio).mean(),
+        "sampling/kl_trainer_sampler": (ratio * log_ratio - ratio + 1).mean(),
         "sampling/importance_sampling_ratio/min": weights.min(),
         "sampling/importance_sampling_ratio/mean": weights.mean(),
         "sampling/importance_sampling_ratio/max": weights.max(),
+        # the row without tokens counts as 1
+        "sampling/importance_sampling_ratio/unclipped_mean": (row_log_ratios.exp().sum() + 1) / B,
     }
     assert metrics == pytest.approx({k: float(v) for k, v in expected.items()}, rel=RTOL)
     assert high.sum() > 0, "nothing is clipped: the metrics would be 0 whatever they count"
@@ -160,7 +169,7 @@ def test_no_tokens_give_no_metric_but_nan():
     assert metrics["entropy"] == 0
     assert math.isnan(metrics["clip_ratio/low_min"])
     assert metrics["sampling/importance_sampling_ratio/max"] == 0
-    assert sampler_metrics(Stats.empty(mask.device).vector()[None, None]) == {}
+    assert not has_samplers(Stats.empty(mask.device).vector()[None, None])
 
 
 def test_advantages_of_another_dtype_are_named():

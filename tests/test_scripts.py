@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("trl", "grpo_fast")
 # fp32; TRL counts positions over the left padding, we from 0, and Adam enlarges what rounding leaves of small gradients
 RTOL, ATOL = 1e-3, 1e-4
-# timings
-IGNORED = re.compile(r"step_time|time/|train_runtime|_per_second|_runtime|total_flos")
+# timings and memory
+IGNORED = re.compile(r"step_time|time/|memory/|train_runtime|_per_second|_runtime|total_flos")
 CHAT = (
     "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"

@@ -97,6 +97,12 @@ def test_sampled_log_probs_are_the_trainers(trained):
     for line in lines:
         assert line["sampling/sampling_logp_difference/max"] < MAX_LOGP_DIFFERENCE
         assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-3)
+        difference = [line[f"sampling/sampling_logp_difference/{name}"] for name in ("mean", "p99", "max")]
+        assert difference == sorted(difference)
+        assert line["sampling/effective_sample_size"] == pytest.approx(1, abs=MAX_LOGP_DIFFERENCE**2)
+        # half the mean square of the log-ratios; above 0, since orders of sums do differ
+        for name in ("sampling/kl_sampler_trainer", "sampling/kl_trainer_sampler"):
+            assert 0 < line[name] < MAX_LOGP_DIFFERENCE**2
         # aligned steps take the old log-probs from the loss pass: the ratio is exactly 1 and nothing is clipped
         assert line["clip_ratio/region_mean"] == 0
     assert lines[1]["time/sync"] > 0

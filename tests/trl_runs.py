@@ -24,7 +24,14 @@ STORED = 1e-6
 # in seconds: present in both, equal in none
 CLOCKS = ("step_time", "_runtime", "_per_second")
 # ours alone
-OURS = "time/"
+OURS = (
+    "time/",
+    "memory/",
+    "sampling/sampling_logp_difference/p99",
+    "sampling/importance_sampling_ratio/unclipped_mean",
+    "sampling/effective_sample_size",
+    "sampling/kl_",
+)
 
 PROMPTS = ("ab=", "abc=", "dcba=", "a=", "bad cab=", "fade=", "cafe bead=")
 SETTINGS = {

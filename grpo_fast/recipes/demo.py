@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import transformers
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grpo_fast.config import GRPOConfig
+from grpo_fast.memory import peak_rss_mib
 from grpo_fast.recipes import arithmetic, smollm2, tiny
 from grpo_fast.recipes.evaluate import AccuracyFunc, Evaluation, evaluate
 from grpo_fast.recipes.report import Summary, describe, write_report
@@ -153,7 +152,7 @@ def run_demo(
         steps=trainer.state.global_step,
         train_seconds=wall,
         cpu_seconds=cpu,
-        peak_rss_mb=_peak_rss_mb(),
+        peak_rss_mb=peak_rss_mib(trainer.timer.meter) * 2**20 / 1e6,
     )
     write_report(folder, summary, before=before, after=after, heldout=heldout)
     print(f"\n{describe(summary)}\nwritten to {folder}: summary.json, report.md, curves.png, model/")
@@ -230,10 +229,3 @@ def _quiet() -> None:
     """No progress bars between the demo's own lines."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _peak_rss_mb() -> float:
-    """The most memory this process has held, in MB of 10^6 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # kilobytes on Linux, bytes on macOS
-    return (peak if sys.platform == "darwin" else peak * 1024) / 1e6

@@ -23,7 +23,8 @@ from grpo_fast.completions import CompletionLog
 from grpo_fast.config import GRPOConfig, as_dict
 from grpo_fast.generation import context_length, require_vllm
 from grpo_fast.interrupt import SaveOnInterrupt
-from grpo_fast.metrics import PhaseTimer, StepTimer
+from grpo_fast.memory import make_meter
+from grpo_fast.metrics import PhaseTimer, Stats, StepTimer
 from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
 from grpo_fast.rewards import RewardFunc, check_rewards, is_async, make_rewards
 from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
@@ -253,10 +254,10 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         # no bonus before a window's entropy is known
         self._last_world_entropy = math.inf
         self._entropy_window_stats = None
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(make_meter(args.device, skip_memory_metrics=args.skip_memory_metrics))
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._logs = CompletionLog(max_rows=args.generation_batch_size or 0)
-        self._pending_stats: list[Tensor] = []
+        self._pending_stats: list[Stats] = []
         self._pending_metrics = defaultdict(list)
         self._pending_extra_logs = defaultdict(list)
         self._step = 0

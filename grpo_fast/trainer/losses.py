@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -12,9 +13,9 @@ from transformers.utils import logging
 
 from grpo_fast import multimodal
 from grpo_fast.batch import Pack, PaddedRows
-from grpo_fast.importance import Correction
+from grpo_fast.importance import Correction, mismatch_metrics
 from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, gamma_weights, off_policy_mask, row_weights
-from grpo_fast.metrics import Stats, loss_metrics, sampler_metrics
+from grpo_fast.metrics import Stats, has_samplers, loss_metrics, ratio_metrics
 from grpo_fast.policy import score, score_loss
 from grpo_fast.trainer.scoring import ScoringTrainer, has_holes
 from grpo_kernels import PolicyLoss, entropy_quantile
@@ -53,7 +54,7 @@ class LossTrainer(ScoringTrainer):
     _last_world_entropy: float
     _entropy_window_stats: Tensor | None
     _metrics: dict[str, dict[str, list[float]]]
-    _pending_stats: list[Tensor]
+    _pending_stats: list[Stats]
     _pending_objective: Objective
     _pending_accumulation: float
 
@@ -321,7 +322,7 @@ class LossTrainer(ScoringTrainer):
 
     def _record(self, stats: Stats, objective: Objective) -> None:
         """Keep a micro-batch's sums for `_flush_stats`, and move the entropy controller at an optimizer step."""
-        self._pending_stats.append(stats.vector())
+        self._pending_stats.append(stats)
         self._pending_objective, self._pending_accumulation = objective, self._accumulation
         if not (self._entropy_bonus_enabled and self._mode == "train"):
             return
@@ -349,11 +350,12 @@ class LossTrainer(ScoringTrainer):
         """Turn the micro-batches' sums into metrics: one gather over the processes and one read for all of them."""
         if not self._pending_stats:
             return
-        stacked = torch.stack(self._pending_stats)
+        pending = self._pending_stats.copy()
         self._pending_stats.clear()
-        gathered = self.accelerator.gather(stacked[None]).cpu()
+        gathered = self.accelerator.gather(torch.stack([stats.vector() for stats in pending])[None]).cpu()
         for name, value in self._metrics_of(gathered):
             self._metrics[self._mode][name].append(value)
+        self._log_sampler(pending, gathered)
 
     def _metrics_of(self, gathered: Tensor) -> Iterator[tuple[str, float]]:
         objective, accumulation = self._pending_objective, self._pending_accumulation
@@ -366,7 +368,29 @@ class LossTrainer(ScoringTrainer):
                 has_aux_loss=self.aux_loss_enabled,
                 policy_scale=1.0 if is_sum else accumulation,
             ).items()
-        yield from sampler_metrics(gathered).items()
+
+    def _log_sampler(self, pending: list[Stats], gathered: Tensor) -> None:
+        """Log how sampler and trainer differ, over the tokens of all processes.
+
+        Args:
+            pending: This process's micro-batches, or its rollout.
+            gathered: [processes, micro-batches, ...] fp32, `Stats.vector()` of every process's.
+        """
+        # the gathered answer, which all processes have: the next gather needs all of them
+        if not has_samplers(gathered):
+            return
+        log_ratios = torch.cat([pending[0].sums[:0], *(values for stats in pending for values in stats.log_ratios)])
+        padded = self.accelerator.pad_across_processes(log_ratios[None], dim=1, pad_index=math.nan)
+        metrics = mismatch_metrics(self.accelerator.gather(padded))
+        if self._correction is not None:
+            metrics |= ratio_metrics(gathered)
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
+        if self._mode == "train":
+            self._check_sampler_agreement(metrics)
+
+    def _check_sampler_agreement(self, metrics: dict[str, float]) -> None:
+        """A training step's sampler metrics, the same in all processes, before its optimizer step; raises to stop."""
 
     def _is_overridden(self, *methods: str) -> bool:
         """Whether a subclass, or an attribute of this instance or of the class, replaces one of these methods."""

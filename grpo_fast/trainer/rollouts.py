@@ -14,7 +14,6 @@ from grpo_fast.advantages import group_advantages, nanstd, weighted_rewards
 from grpo_fast.completions import CompletionLog
 from grpo_fast.data import Prompt, is_conversational, tokenize_prompts
 from grpo_fast.loss import weigh_sampler
-from grpo_fast.metrics import sampler_metrics
 from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
 from grpo_fast.trainer.losses import OWN, LossTrainer
@@ -268,12 +267,11 @@ class RolloutTrainer(ProofTrainer, LossTrainer, ToolTrainer, RewardTrainer):
                     )
                 with reference_adapter(policy):
                     points["ref_per_token_logps"] = self._logps_of(self.model, batch)
-        if correction is not None and "old_per_token_logps" in points:
+        if "sampling_per_token_logps" in batch and "old_per_token_logps" in points:
             ratio, stats = weigh_sampler(batch | points, mask, correction)
-            points["importance_sampling_ratio"] = ratio
-            gathered = self.accelerator.gather(stats.vector()[None, None]).cpu()
-            for name, value in sampler_metrics(gathered).items():
-                self._metrics[self._mode][name].append(value)
+            if ratio is not None:
+                points["importance_sampling_ratio"] = ratio
+            self._log_sampler([stats], self.accelerator.gather(stats.vector()[None, None]).cpu())
         return points
 
     def _scores_old_policy(self) -> bool:
