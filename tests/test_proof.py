@@ -104,7 +104,7 @@ def test_the_default_optimizer_writes_the_engine_s_weights(copied, monkeypatch):
     monkeypatch.setattr(copied, "optimizer", None)
     monkeypatch.setattr(copied, "lr_scheduler", None)
     run_with(copied, lambda: None)
-    assert isinstance(copied.optimizer, ShadowAdamW)
+    assert isinstance(copied.optimizer.optimizer, ShadowAdamW)
     first, *later = [line["sync/copied_mib"] for line in copied.state.log_history if "reward" in line]
     # an update that `run_with` forces before the first step cannot know that all is fresh
     assert first > 0

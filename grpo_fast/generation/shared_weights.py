@@ -104,17 +104,14 @@ class SharedWeights:
         self._announce(model)
 
     def shadows(self, model: nn.Module) -> dict[nn.Parameter, Tensor]:
-        """Trainable parameters -> the engine's tensors of another dtype that hold the same weights."""
+        """Parameters -> the engine's tensors of another dtype that hold the same weights."""
         if self.transformed:
             return {}
         parameters = _by_address(model)
         found: dict[nn.Parameter, Tensor] = {}
         for name, weight in named_weights(model, adapters=self._adapters):
             link, parameter = self._links.get(name), parameters.get(_address(weight))
-            is_open = link is not None and not link.is_shared and link.view is not None
-            if is_open and parameter is not None and parameter.requires_grad:
-                assert link is not None
-                assert link.view is not None
+            if link is not None and not link.is_shared and link.view is not None and parameter is not None:
                 found[parameter] = link.view
         return found
 

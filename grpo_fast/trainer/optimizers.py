@@ -35,7 +35,7 @@ class OptimizerTrainer(EngineTrainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or is_sharded:
             return None
-        shadows = self.engine.shadows()
+        shadows = {param: shadow for param, shadow in self.engine.shadows().items() if param.requires_grad}
         if not shadows:
             return None
         theirs, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model if model is None else model)
