@@ -70,5 +70,6 @@ def drawn(output: Any, size: int) -> list[Any]:
 
 def _abort_all(engine: Any) -> None:
     processor = engine.output_processor
-    # a request for several completions goes with its children
-    engine.abort_request([*processor.parent_requests, *processor.request_states], internal=True)
+    # requests for several completions go with their children, so they are not named together
+    engine.abort_request(list(processor.parent_requests), internal=True)
+    engine.abort_request(list(processor.request_states), internal=True)
