@@ -176,6 +176,12 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         " percent of the run's time allows. 0 checks nothing, not even weights.",
         None,
     )
+    overlap_rewards: bool = _help(
+        "use_vllm: score each group of completions while vLLM still generates others. Reward functions are then called "
+        "once a group, not once a batch, and in another thread, one call at a time (async ones side by side): they "
+        "must not need the other groups, the main thread, or torch's global random state.",
+        False,
+    )
 
     def __post_init__(self) -> None:
         """Fill derived values, and check everything that can be checked without data or a model."""

@@ -10,6 +10,7 @@ import atexit
 import os
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -32,16 +33,19 @@ class EventLoopThread:
         Raises:
             RuntimeError: If called from a coroutine that this loop is running: it would wait for itself.
         """
-        loop = self._running_loop()
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("run_coroutine was called on the event loop's own thread; await the coroutine instead")
-        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        future = self.start(coroutine)
         try:
             return future.result()
         finally:
             # Ctrl-C ends the wait, not the coroutine; after a result this does nothing
             future.cancel()
+
+    def start(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Start `coroutine` on the loop; cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._running_loop())
 
     def stop(self) -> None:
         """Cancel what still runs and end the thread; a second call does nothing."""
@@ -88,3 +92,8 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Result]) -> Result:
         RuntimeError: If called from a coroutine that this loop is running.
     """
     return _PROCESS_LOOP.run(coroutine)
+
+
+def start_coroutine(coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+    """Start `coroutine` on the same loop without waiting for it; cancelling the future cancels it."""
+    return _PROCESS_LOOP.start(coroutine)

@@ -27,13 +27,17 @@ def profiling_context(trainer: Trainer, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        seconds = time.perf_counter() - start
-        if trainer.accelerator.is_main_process:
-            _send(
-                {f"profiling/Time taken: {type(trainer).__name__}.{name}": seconds},
-                report_to=trainer.args.report_to or [],
-                step=trainer.state.global_step,
-            )
+        report_seconds(trainer, name, time.perf_counter() - start)
+
+
+def report_seconds(trainer: Trainer, name: str, seconds: float) -> None:
+    """Send seconds that were measured elsewhere as `profiling_context` does."""
+    if trainer.accelerator.is_main_process:
+        _send(
+            {f"profiling/Time taken: {type(trainer).__name__}.{name}": seconds},
+            report_to=trainer.args.report_to or [],
+            step=trainer.state.global_step,
+        )
 
 
 def profiling_decorator(func: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:

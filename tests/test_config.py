@@ -14,7 +14,7 @@ from grpo_fast import GRPOConfig
 from grpo_fast.config_checks import CHOICES, EFFECTS, LOSS_TYPES, RANGES
 from grpo_fast.legacy import LEGACY
 
-OURS = {"max_tokens_per_pack", "share_prompts", "vllm_check_interval", "vllm_engine_kwargs"}
+OURS = {"max_tokens_per_pack", "share_prompts", "vllm_check_interval", "vllm_engine_kwargs", "overlap_rewards"}
 
 
 def make(tmp_path, **kwargs):

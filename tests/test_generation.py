@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Proces
 
 from grpo_fast import GRPOConfig
 from grpo_fast.batch import Sampling
-from grpo_fast.generation import make_engine, unwrap_model_for_generation
+from grpo_fast.generation import factory, make_engine, unwrap_model_for_generation
 from grpo_fast.generation.base import check_prompts
 from grpo_fast.generation.transformers_engine import PaddedBatch, TransformersEngine, cut_after
 from grpo_fast.generation.unwrap import _without_hooks
@@ -398,3 +398,31 @@ def test_engine_has_the_run_s_settings(tmp_path):
     expected = {"max_new_tokens": 7, "temperature": 0.8, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "eos_token_id": [EOS]}
     expected |= {"repetition_penalty": 1.1, "suppress_tokens": [17], "pad_token_id": PAD, "bos_token_id": BOS}
     assert {name: config[name] for name in expected} == expected
+
+
+def test_vllm_has_the_run_s_settings(tmp_path, monkeypatch):
+    given = {}
+    # what it makes of them is the engine's own tests' matter
+    monkeypatch.setattr(factory, "VLLMEngine", lambda **kwargs: given.update(kwargs))
+    args = GRPOConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=True,
+        report_to="none",
+        use_vllm=True,
+        disable_tqdm=False,
+        max_completion_length=7,
+        temperature=0.8,
+        generation_kwargs={"seed": 3},
+        vllm_structured_outputs_regex="[0-9]+",
+        vllm_max_model_length=30,
+        vllm_engine_kwargs={"max_num_seqs": 3},
+        trust_remote_code=True,
+    )
+    make_engine(tiny_model(), "tokenizer", args, eos_token_ids=[EOS], context=torch.no_grad, seed=13)
+    sampling = given["sampling"]
+    assert (sampling.max_tokens, sampling.temperature, sampling.extra) == (7, 0.8, {"seed": 3})
+    expected = {"dtype": torch.bfloat16, "max_num_seqs": 8, "max_model_len": 30, "seed": 13, "eos_token_ids": [EOS]}
+    expected |= {"structured_outputs_regex": "[0-9]+", "trust_remote_code": True, "processing_class": "tokenizer"}
+    expected |= {"vllm_engine_kwargs": {"model_impl": "vllm", "max_num_seqs": 3}, "shows_progress": True}
+    assert {name: given[name] for name in expected} == expected

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from grpo_fast import GRPOConfig, GRPOTrainer
 from grpo_fast.attention import native_attention
 from grpo_fast.batch import Sampling
+from grpo_fast.generation import progress
 from tests.tiny_lm import make_model, make_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -106,3 +107,10 @@ def test_sampled_log_probs_are_the_trainers(trained):
         # aligned steps take the old log-probs from the loss pass: the ratio is exactly 1 and nothing is clipped
         assert line["clip_ratio/region_mean"] == 0
     assert lines[1]["time/sync"] > 0
+
+
+def test_disable_tqdm_silences_the_engines_bar(trained, monkeypatch, capsys):
+    # due at every step
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    trained[0].engine.generate(PROMPTS, GREEDY)
+    assert capsys.readouterr() == ("", "")

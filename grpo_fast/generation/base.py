@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from grpo_fast.batch import Completions, Sampling
+
+# takes the first row of a prompt that is listed several times in a row, and the tokens of all its completions
+GroupCallback = Callable[[int, list[list[int]]], None]
 
 
 class Engine(Protocol):
@@ -21,6 +26,7 @@ class Engine(Protocol):
         *,
         images: list[list[Any] | None] | None = None,
         multimodal_fields: dict[str, Any] | None = None,
+        on_group: GroupCallback | None = None,
     ) -> Completions:
         """One completion per entry of `prompt_ids`; a prompt that is wanted G times is listed G times in a row.
 
@@ -30,6 +36,8 @@ class Engine(Protocol):
             images: Each prompt's PIL images, for engines that run the image processor themselves (vLLM).
             multimodal_fields: The image processor's output, for engines that run the trainer's model (transformers):
                 tensors as the model takes them, and lists of per-token lists, which are padded like the prompts.
+            on_group: Called once for each run of equal prompts, from this thread, as soon as the engine has all of its
+                completions: an engine that finishes all at one time calls it at the end.
 
         Raises:
             ValueError: a prompt is empty or fills the context, or
@@ -60,6 +68,15 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds; a second call does nothing."""
         ...
+
+
+def report_groups(prompt_ids: list[list[int]], completion_ids: list[list[int]], on_group: GroupCallback | None) -> None:
+    """Call `on_group` for every run of equal prompts, in their order."""
+    if on_group is None:
+        return
+    for _, run in itertools.groupby(range(len(prompt_ids)), key=prompt_ids.__getitem__):
+        rows = list(run)
+        on_group(rows[0], [completion_ids[row] for row in rows])
 
 
 def context_length(config: Any) -> int | None:

@@ -113,4 +113,5 @@ def _vllm_engine(
         structured_outputs_regex=args.vllm_structured_outputs_regex,
         trust_remote_code=args.trust_remote_code,
         vllm_engine_kwargs={"model_impl": args.vllm_model_impl} | as_dict(args.vllm_engine_kwargs),
+        shows_progress=not args.disable_tqdm and args.process_index == 0,
     )

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from grpo_fast.batch import Completions, Sampling
-from grpo_fast.generation.base import Engine, check_options, check_prompts, context_length
+from grpo_fast.generation.base import (
+    Engine,
+    GroupCallback,
+    check_options,
+    check_prompts,
+    context_length,
+    report_groups,
+)
 from grpo_fast.generation.unwrap import generation_config_of
 from grpo_fast.modes import evaluating
 
@@ -121,8 +128,9 @@ class TransformersEngine(Engine):
         *,
         images: list[list[Any] | None] | None = None,
         multimodal_fields: dict[str, Any] | None = None,
+        on_group: GroupCallback | None = None,
     ) -> Completions:
-        """See `Engine.generate`: `sampling=None` draws with `generation_config`.
+        """See `Engine.generate`: `sampling=None` draws with `generation_config`, and `on_group` is called at the end.
 
         The log-probs are None: transformers does not keep them.
         """
@@ -143,7 +151,9 @@ class TransformersEngine(Engine):
             if seed is not None:
                 stack.enter_context(_seeded(seed, model.device))
             completions = self._batching(model, prompt_ids, config, multimodal_fields or {})
-        return Completions(ids=[cut_after(row, self._eos_token_ids) for row in completions], logps=None)
+        ids = [cut_after(row, self._eos_token_ids) for row in completions]
+        report_groups(prompt_ids, ids, on_group)
+        return Completions(ids=ids, logps=None)
 
     def update_weights(self, model: nn.Module) -> None:
         """Take `model` for the next call; its weights are read in place, so an optimizer step needs nothing more."""

@@ -16,7 +16,7 @@ import random
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,9 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.batch import Completions, Sampling
-from grpo_fast.generation.base import Engine, base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.base import (
+    Engine,
+    GroupCallback,
+    base_model,
+    check_options,
+    check_prompts,
+    context_length,
+)
 from grpo_fast.generation.shared_weights import SharedWeights
 from grpo_fast.generation.vllm_loader import register_loader
+from grpo_fast.generation.vllm_requests import drawn, run_requests
 from grpo_fast.generation.vllm_sampler import report_policy_logps
 from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
 from grpo_fast.generation.weight_map import WeightMap
@@ -83,6 +91,7 @@ class VLLMEngine(Engine):
         structured_outputs_regex: str | None = None,
         trust_remote_code: bool = False,
         vllm_engine_kwargs: dict[str, Any] | None = None,
+        shows_progress: bool = False,
     ) -> None:
         """Start an engine on the weights of `model`, whose parameters become views into the engine's where they can.
 
@@ -107,6 +116,7 @@ class VLLMEngine(Engine):
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
             vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
+            shows_progress: Whether each generation has a progress bar.
 
         Raises:
             ImportError: vLLM is not installed.
@@ -118,6 +128,7 @@ class VLLMEngine(Engine):
         self._eos_token_ids = eos_token_ids
         self._has_tokenizer = processing_class is not None
         self._structured_outputs_regex = structured_outputs_regex
+        self._shows_progress = shows_progress
         own_grammar = sampling is not None and "structured_outputs" in (sampling.extra or {})
         if structured_outputs_regex is not None and own_grammar:
             logger.warning("vllm_structured_outputs_regex wins over generation_kwargs['structured_outputs']")
@@ -187,8 +198,9 @@ class VLLMEngine(Engine):
         *,
         images: list[list[Any] | None] | None = None,
         multimodal_fields: dict[str, Any] | None = None,
+        on_group: GroupCallback | None = None,
     ) -> Completions:
-        """See `Engine.generate`; vLLM reads `images` and processes them itself.
+        """See `Engine.generate`; vLLM reads `images` and processes them itself, and calls `on_group` between two steps.
 
         The log-probs are the policy's, of the whole vocabulary at the sampling temperature, NaN where vLLM has none.
         With a seed, a completion depends on the seed, its prompt's place in the list and its own place in the group,
@@ -202,12 +214,19 @@ class VLLMEngine(Engine):
             raise ValueError("sampling must be given: the engine was made without settings of its own")
         rows = zip(prompt_ids, images or itertools.repeat(None, len(prompt_ids)), strict=True)
         groups = [(row, len(list(run))) for row, run in itertools.groupby(rows)]
-        requests = [self._sampling_params(sampling, i, size) for i, (_, size) in enumerate(groups)]
+        sizes = [size for _, size in groups]
+        requests = [self._sampling_params(sampling, i, size) for i, size in enumerate(sizes)]
         # vLLM draws from the process's state even when every request has a seed
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices, enabled=requests[0].seed is not None):
-            outputs = self._llm.generate([_vllm_prompt(*row) for row, _ in groups], requests, use_tqdm=False)
-        return _completions(outputs, [size for _, size in groups])
+            outputs = run_requests(
+                self._llm,
+                [_vllm_prompt(*row) for row, _ in groups],
+                requests,
+                on_finished=None if on_group is None else _group_listener(sizes, on_group),
+                shows_progress=self._shows_progress,
+            )
+        return _completions(outputs, sizes)
 
     def update_weights(self, model: nn.Module) -> None:
         """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights."""
@@ -302,15 +321,24 @@ def _vllm_prompt(prompt: list[int], images: list[Any] | None) -> dict[str, Any]:
     return request
 
 
+def _group_listener(sizes: list[int], on_group: GroupCallback) -> Callable[[int, Any], None]:
+    """What a finished request calls: `on_group` with its first row and its completions' tokens."""
+    first_rows = [0, *itertools.accumulate(sizes)]
+
+    def on_finished(place: int, output: Any) -> None:
+        ids = [list(completion.token_ids) for completion in drawn(output, sizes[place])]
+        on_group(first_rows[place], ids)
+
+    return on_finished
+
+
 def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
     """The completions of requests for `sizes` completions each, in their order."""
     ids: list[list[int]] = []
     logps: list[list[float]] = []
     is_scored = True
     for output, size in zip(outputs, sizes, strict=True):
-        drawn = sorted(output.outputs, key=lambda completion: completion.index)
-        # greedy completions of a prompt are one request
-        for completion in drawn if len(drawn) == size else drawn * size:
+        for completion in drawn(output, size):
             ids.append(list(completion.token_ids))
             flat = completion.logprobs
             if flat is None:

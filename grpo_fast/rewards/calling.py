@@ -18,18 +18,20 @@ from grpo_fast.event_loop import run_coroutine
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCall:
-    """What every reward function is called with for one batch.
+    """What every reward function is called with, for a batch or for one of its groups.
 
     Attributes:
         rows: Keyword arguments that hold one value a completion: `prompts`, `completions`, `completion_ids` and the
             data set's columns.
         shared: Keyword arguments that belong to the batch as a whole, such as `trainer_state`.
         step: The optimizer step, for error messages.
+        first_row: A group's place in the batch, for error messages; None for a batch.
     """
 
     rows: Mapping[str, Sequence[Any]]
     shared: dict[str, Any]
     step: int
+    first_row: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -65,7 +67,7 @@ def call(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
         values = batch.of(function)
     except Exception as error:
         raise failure(name, batch, error, row=_raising_row(function, batch)) from error
-    return column(values, name, batch.num_rows)
+    return column(values, name, batch)
 
 
 async def call_async(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
@@ -74,7 +76,7 @@ async def call_async(function: Callable[..., Any], name: str, batch: RewardCall)
         values = await batch.of(function)
     except Exception as error:
         raise failure(name, batch, error) from error
-    return column(values, name, batch.num_rows)
+    return column(values, name, batch)
 
 
 def gather(coroutines: Sequence[Coroutine[Any, Any, Tensor]]) -> list[Tensor]:
@@ -88,16 +90,19 @@ def gather(coroutines: Sequence[Coroutine[Any, Any, Tensor]]) -> list[Tensor]:
 
 def failure(name: str, batch: RewardCall, error: Exception, row: int | None = None) -> RuntimeError:
     """The error to raise for a reward function that raised `error`, on `row` if it is known."""
+    first_row = batch.first_row or 0
     where = "the batch as a whole"
     if row is not None:
-        where = f"row {row}, completion {batch.rows['completions'][row]!r:.300}"
+        where = f"row {first_row + row}, completion {batch.rows['completions'][row]!r:.300}"
+    elif batch.first_row is not None:
+        where = f"the group in rows {first_row} to {first_row + batch.num_rows - 1}"
     return RuntimeError(
         f"reward function {name!r} raised {type(error).__name__} at step {batch.step} on {where}: {error}"
     )
 
 
-def column(values: Any, name: str, num_rows: int) -> Tensor:
-    """What a reward function returned as a column [num_rows] fp32, NaN for None; ValueError as in `call`."""
+def column(values: Any, name: str, batch: RewardCall) -> Tensor:
+    """What a reward function returned for `batch` as [num_rows] fp32, NaN for None; ValueError as in `call`."""
     if isinstance(values, Tensor):
         values = values.flatten().tolist()
     if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
@@ -106,11 +111,12 @@ def column(values: Any, name: str, num_rows: int) -> Tensor:
             f"it returned {type(values).__name__} {values!r:.100}"
         )
     values = list(values)
-    if len(values) != num_rows:
+    if len(values) != batch.num_rows:
         raise ValueError(
-            f"reward function {name!r} must return one value a completion: {num_rows} completions, {len(values)} values"
+            f"reward function {name!r} must return one value a completion: {batch.num_rows} completions, "
+            f"{len(values)} values"
         )
-    for row, value in enumerate(values):
+    for row, value in enumerate(values, batch.first_row or 0):
         if isinstance(value, str):
             raise ValueError(f"reward function {name!r} returned the string {value!r:.100} for row {row}")
     return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float32)

@@ -17,6 +17,7 @@ from grpo_fast.importance import Correction, mismatch_metrics
 from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, gamma_weights, off_policy_mask, row_weights
 from grpo_fast.metrics import Stats, has_samplers, loss_metrics, ratio_metrics
 from grpo_fast.policy import score, score_loss
+from grpo_fast.trainer.base import replaced_methods
 from grpo_fast.trainer.scoring import ScoringTrainer, has_holes
 from grpo_kernels import PolicyLoss, entropy_quantile
 from grpo_kernels.options import CLIPPED_LOSSES, PolicyOptions
@@ -394,8 +395,7 @@ class LossTrainer(ScoringTrainer):
 
     def _is_overridden(self, *methods: str) -> bool:
         """Whether a subclass, or an attribute of this instance or of the class, replaces one of these methods."""
-        # not by the function's module: wrappers made with functools.wraps bear the wrapped function's
-        return any(name in vars(self) or getattr(type(self), name) is not OWN[name] for name in methods)
+        return bool(replaced_methods(self, {name: OWN[name] for name in methods}))
 
 
 # the seams before anybody replaces them

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_fast.data import is_conversational
-from grpo_fast.profiling import profiling_context, profiling_decorator
+from grpo_fast.profiling import profiling_context, profiling_decorator, report_seconds
 from grpo_fast.reference import inference_config
 from grpo_fast.rewards.calling import RewardCall, call, call_async, failure, gather, is_async
+from grpo_fast.rewards.early import EarlyRewards
 from grpo_fast.rewards.models import MAX_TOKENS, longest_text, reward_texts, score_texts
 from grpo_fast.trainer.base import BaseTrainer
 
@@ -40,6 +41,7 @@ class RewardTrainer(BaseTrainer):
     _logs: Any
     _pending_extra_logs: dict[str, list[Any]]
     _pending_metrics: dict[str, list[float]]
+    _early_rewards: EarlyRewards | None = None
 
     def _prepare_reward_models(self) -> None:
         """Place the reward models on this process's device, in evaluation mode."""
@@ -84,9 +86,11 @@ class RewardTrainer(BaseTrainer):
                 functions, names and processing classes differ in length.
         """
         batch = self._reward_call(inputs, prompts, completions, completion_ids_list)
-        columns: dict[int, Tensor] = {}
+        columns = {} if self._early_rewards is None else self._early_columns(self._early_rewards, batch)
         pending: dict[int, Coroutine[Any, Any, Tensor]] = {}
         for i, (function, processing_class, name) in enumerate(self._reward_sources()):
+            if i in columns:
+                continue
             if isinstance(function, nn.Module):
                 with profiling_context(self, name):
                     columns[i] = self._model_rewards(function, processing_class, name, batch)
@@ -106,6 +110,8 @@ class RewardTrainer(BaseTrainer):
         prompts: list[Any],
         completions: list[Any],
         completion_ids_list: list[list[int]],
+        *,
+        first_row: int | None = None,
     ) -> RewardCall:
         rows = {name: [row[name] for row in inputs] for name in inputs[0] if name not in RESERVED}
         rows |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
@@ -119,7 +125,22 @@ class RewardTrainer(BaseTrainer):
                 "log_metric": self._log_metric,
             },
             step=self.state.global_step,
+            first_row=first_row,
         )
+
+    def _early_columns(self, early: EarlyRewards, batch: RewardCall) -> dict[int, Tensor]:
+        """The rewards of functions that were called beside generation; what they logged goes where it belongs."""
+        columns: dict[int, Tensor] = {}
+        for place, name, scores in early.results():
+            columns[place] = torch.cat([score.rewards for score in scores])
+            assert len(columns[place]) == batch.num_rows, "a group was not scored"
+            report_seconds(self, name, sum(score.seconds for score in scores))
+            for column in dict.fromkeys(column for score in scores for column in score.extra):
+                fitted = (_fitted(column, score.extra.get(column, []), len(score.rewards)) for score in scores)
+                self._log_completion_extra(column, [value for values in fitted for value in values])
+            for metric, value in (pair for score in scores for pair in score.metrics):
+                self._log_metric(metric, value)
+        return columns
 
     def _reward_sources(self) -> list[tuple[Any, Any, str]]:
         lists = (self.reward_funcs, self.reward_processing_classes, self.reward_func_names)
@@ -181,13 +202,16 @@ class RewardTrainer(BaseTrainer):
         """
         known = self._logs["extra"]
         for name in sorted({*known, *gather_object(list(self._pending_extra_logs))}):
-            values = self._pending_extra_logs.get(name, [])
-            if values and len(values) != num_rows:
-                logger.warning("log_extra(%r) got %d values for %d completions", name, len(values), num_rows)
-            values = [*values[:num_rows], *[None] * (num_rows - len(values))]
-            known[name].extend(gather_object(values))
+            known[name].extend(gather_object(_fitted(name, self._pending_extra_logs.get(name, []), num_rows)))
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = gather_object(self._pending_metrics.get(name, []))
             self._metrics[self._mode][name].append(math.fsum(values) / len(values))
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
+
+
+def _fitted(column: str, values: list[Any], num_rows: int) -> list[Any]:
+    """One value a row of what a reward function logged for `column`, with None where it logged none."""
+    if values and len(values) != num_rows:
+        logger.warning("log_extra(%r) got %d values for %d completions", column, len(values), num_rows)
+    return [*values[:num_rows], *[None] * (num_rows - len(values))]

@@ -17,15 +17,14 @@ from grpo_fast.loss import weigh_sampler
 from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
 from grpo_fast.trainer.losses import OWN, LossTrainer
+from grpo_fast.trainer.overlap import OVERLAP_SEAMS, OverlapTrainer
 from grpo_fast.trainer.proof import ProofTrainer
-from grpo_fast.trainer.rewarding import RewardTrainer
-from grpo_fast.trainer.tool_loop import ToolTrainer
 
 # what a rollout function must return
 ROLLOUT_KEYS = ("prompt_ids", "completion_ids", "logprobs")
 
 
-class RolloutTrainer(ProofTrainer, LossTrainer, ToolTrainer, RewardTrainer):
+class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
     """The part of `GRPOTrainer` that generates and scores completions."""
 
     rollout_func: Any
@@ -57,7 +56,7 @@ class RolloutTrainer(ProofTrainer, LossTrainer, ToolTrainer, RewardTrainer):
         return self._buffered_inputs[self._step % self.steps_per_generation]
 
     def _timed_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with self.timer.phase("generation"):
+        with self.timer.phase("generation"), self._rewards_overlapped(inputs):
             return self._generate_and_score_completions(inputs)
 
     @property
@@ -109,7 +108,12 @@ class RolloutTrainer(ProofTrainer, LossTrainer, ToolTrainer, RewardTrainer):
                 multimodal_fields, prompt_ids, self.processing_class, has_tool_images=has_tool_images
             )
         with profiling_context(self, f"{'vLLM' if self.use_vllm else 'transformers'}.generate"):
-            drawn = self.engine.generate(prompt_ids, images=images, multimodal_fields=multimodal_fields or None)
+            drawn = self.engine.generate(
+                prompt_ids,
+                images=images,
+                multimodal_fields=multimodal_fields or None,
+                on_group=self._group_callback(prompt_ids),
+            )
         return drawn.ids, drawn.logps
 
     def _generate(self, prompts: list[Prompt]) -> tuple[Any, ...]:
@@ -325,6 +329,10 @@ class RolloutTrainer(ProofTrainer, LossTrainer, ToolTrainer, RewardTrainer):
 
 
 OWN |= {name: getattr(RolloutTrainer, name) for name in ("_generate_and_score_completions", "_prepare_inputs")}
+OVERLAP_SEAMS |= {
+    name: getattr(RolloutTrainer, name)
+    for name in ("_generate_and_score_completions", "_generate", "_generate_single_turn")
+}
 
 
 def _conversations(prompts: list[Prompt]) -> list[list[dict[str, Any]]]:
