@@ -41,6 +41,10 @@ class Engine(Protocol):
         """Generate from the weights `model` has now; to be called after every optimizer step."""
         ...
 
+    def any_in_group(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process that must call `generate` as often as this one; all of them ask."""
+        ...
+
     def set_temperature(self, temperature: float) -> None:
         """Draw at this temperature where a call does not say otherwise; 0 is greedy."""
         ...
