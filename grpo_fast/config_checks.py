@@ -125,11 +125,6 @@ def check_supported(args: Any) -> None:
         )
     if args.use_vllm and args.vllm_enable_sleep_mode:
         raise ValueError("vllm_enable_sleep_mode=True is not supported: the engine keeps its memory; set it to False")
-    if args.use_vllm and args.vllm_tensor_parallel_size != 1:
-        raise ValueError(
-            f"vllm_tensor_parallel_size must be 1: every process has an engine of its own; it is "
-            f"{args.vllm_tensor_parallel_size}"
-        )
     if args.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens; it is None")
     if args.auto_find_batch_size:
@@ -170,6 +165,11 @@ def check_values(args: Any) -> None:
 
 def check_combinations(args: Any) -> None:
     """Refuse settings that contradict each other (ValueError)."""
+    if args.use_vllm and args.world_size % args.vllm_tensor_parallel_size:
+        raise ValueError(
+            f"vllm_tensor_parallel_size must divide the number of processes ({args.world_size}); it is "
+            f"{args.vllm_tensor_parallel_size}"
+        )
     _check_importance_sampling(args)
     if args.delta is not None and args.loss_type not in CLIPPED_LOSSES:
         raise ValueError(

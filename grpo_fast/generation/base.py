@@ -61,6 +61,10 @@ class Engine(Protocol):
         """Take note that an optimizer has just written all of `shadows`: the next update need not."""
         return
 
+    def any_in_group(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process that must call `generate` as often as this one; all of them ask."""
+        ...
+
     def set_temperature(self, temperature: float) -> None:
         """Draw at this temperature where a call does not say otherwise; 0 is greedy."""
         ...

@@ -36,7 +36,7 @@ def make_engine(
         args: The run's settings.
         eos_token_ids: Tokens that end a completion.
         context: Entered around transformers' generation.
-        seed: Of vLLM's start-up.
+        seed: Of vLLM's start-up; the same on all processes that an engine spans.
         unwrap: Gives transformers' generation the model to call; see `unwrap_model_for_generation`.
 
     Raises:
@@ -103,7 +103,7 @@ def _vllm_engine(
         processing_class=processing_class,
         # a sampler in the precision of the trainer's matrix products keeps importance ratios near 1
         dtype=mixed or own,
-        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size,
         eos_token_ids=eos_token_ids,
         max_model_len=args.vllm_max_model_length,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,

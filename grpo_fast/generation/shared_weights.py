@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.generation.vllm_weights import named_weights
+from grpo_fast.generation.vllm_weights import is_part, is_sharded, named_weights
 from grpo_fast.generation.weight_map import Piece, WeightMap, engine_tensors, storage_of, whole_view
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 # copies of computed weights that live at a time; one weight may be larger
 BUCKET_BYTES = 2**28
 MIB = 2**20
+SHARDED = "the policy is sharded over processes"
+REBOUND = "no longer a view: something gave the parameter other memory"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -105,7 +107,7 @@ class SharedWeights:
 
     def shadows(self, model: nn.Module) -> dict[nn.Parameter, Tensor]:
         """Parameters -> the engine's tensors of another dtype that hold the same weights."""
-        if self.transformed:
+        if self.transformed or is_sharded(model):
             return {}
         parameters = _by_address(model)
         found: dict[nn.Parameter, Tensor] = {}
@@ -131,18 +133,14 @@ class SharedWeights:
             self._reload(named_weights(model, adapters=self._adapters))
             self.copied_bytes = sum(piece.target.nbytes for link in self._links.values() for piece in link.pieces)
             return
-        parameters = _by_address(model)
+        parameters, are_sharded = _by_address(model), is_sharded(model)
         bucket = _Bucket()
         for name, weight in named_weights(model, adapters=self._adapters):
             link = self._links.get(name)
             if link is None:
                 continue
-            if link.is_shared and (link.view is None or _address(weight) != _address(link.view)):
-                # rebound by `model.to`, FSDP, ...
-                link.is_shared = False
-                link.reason = "no longer a view: something gave the parameter other memory"
-                self._is_announced = False
             parameter = parameters.get(_address(weight))
+            self._note_other_memory(link, weight, SHARDED if are_sharded and parameter is None else REBOUND)
             if link.is_shared or (parameter is not None and _is_unchanged(parameter, link)):
                 continue
             self.copied_bytes += bucket.add(link, weight)
@@ -202,13 +200,21 @@ class SharedWeights:
             if any(storage_of(piece.target) not in live for piece in link.pieces)
         }
 
+    def _note_other_memory(self, link: Link, weight: Tensor, reason: str) -> None:
+        """See whether a weight is still where `share` put it: not after FSDP or `model.to`."""
+        is_moved = link.is_shared and (link.view is None or _address(weight) != _address(link.view))
+        if is_moved or (reason == SHARDED and link.reason != reason):
+            link.is_shared, link.reason = False, reason
+            self._is_announced = False
+
     def _why_not_shared(self, link: Link, weight: Tensor, parameter: nn.Parameter | None) -> str:
         if self.transformed:
             return "vLLM transforms weights after loading"
         if parameter is None:
             return "computed for the engine"
         if link.view is None:
-            return "sharded or laid out otherwise in vLLM"
+            covered = sum(piece.target.numel() for piece in link.pieces)
+            return "laid out otherwise in vLLM" if covered >= weight.numel() else "sharded over vLLM's processes"
         if link.view.device != weight.device:
             return f"the policy is on {weight.device}, vLLM on {link.view.device}"
         if link.view.dtype != weight.dtype:
@@ -270,7 +276,8 @@ def _address(tensor: Tensor) -> tuple[int, torch.Size]:
 
 
 def _by_address(model: nn.Module) -> dict[tuple[int, torch.Size], nn.Parameter]:
-    return {_address(parameter): parameter for parameter in model.parameters()}
+    # a sharded parameter is no whole weight
+    return {_address(parameter): parameter for parameter in model.parameters() if not is_part(parameter)}
 
 
 def _places(link: Link, weight: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -159,6 +159,10 @@ class TransformersEngine(Engine):
         """Take `model` for the next call; its weights are read in place, so an optimizer step needs nothing more."""
         self._model = model
 
+    def any_in_group(self, flag: bool) -> bool:
+        """See `Engine.any_in_group`."""
+        return flag
+
     def set_temperature(self, temperature: float) -> None:
         """See `Engine.set_temperature`."""
         assert self.generation_config is not None

@@ -33,9 +33,19 @@ from grpo_fast.generation.base import (
     check_options,
     check_prompts,
     context_length,
+    report_groups,
 )
 from grpo_fast.generation.shared_weights import SharedWeights
 from grpo_fast.generation.vllm_loader import register_loader
+from grpo_fast.generation.vllm_processes import (
+    any_in,
+    check_tensor_parallel,
+    gather_batch,
+    leave_process_group,
+    rank_variables,
+    shut_down,
+    tensor_parallel_group,
+)
 from grpo_fast.generation.vllm_requests import drawn, run_requests
 from grpo_fast.generation.vllm_sampler import report_policy_logps
 from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
@@ -70,7 +80,7 @@ def require_vllm() -> None:
 
 
 class VLLMEngine(Engine):
-    """vLLM's offline engine, one per process."""
+    """vLLM's offline engine, one per process or one over several (tensor parallel)."""
 
     name = "vllm"
 
@@ -108,8 +118,9 @@ class VLLMEngine(Engine):
             eos_token_ids: Any of these ends a completion and is kept as its last token.
             max_model_len: Longest prompt with its completion; None means the model's context.
             gpu_memory_utilization: Share of the GPU that vLLM may fill; without effect on a CPU.
-            tensor_parallel_size: Must be 1.
-            seed: Of the engine's start-up.
+            tensor_parallel_size: Processes that hold the engine's weights together: ranks 0 to T - 1, T to 2T - 1, ...
+                Each of them makes the same calls of `generate`, with its own prompts.
+            seed: Of the engine's start-up; the same on all processes that it spans.
             kv_cache_memory_bytes: Size of the KV cache. None means what `gpu_memory_utilization` leaves on a GPU, and
                 what `max_num_seqs` completions need, at most 512 MiB, on a CPU.
             sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
@@ -141,6 +152,7 @@ class VLLMEngine(Engine):
             "max_model_len": max_model_len,
             "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, max_num_seqs),
             "gpu_memory_utilization": gpu_memory_utilization,
+            "tensor_parallel_size": tensor_parallel_size,
             "kv_cache_memory_bytes": kv_cache_memory_bytes,
             "skip_tokenizer_init": not self._has_tokenizer,
             # the model's own sampling defaults must not reach the rollouts
@@ -154,6 +166,8 @@ class VLLMEngine(Engine):
             if self._has_tokenizer:
                 processing_class.save_pretrained(folder)
             self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
+        # processes of one engine talk over it about what to generate
+        self._group = tensor_parallel_group() if tensor_parallel_size > 1 else None
         self.weights = self._share(model)
         # of its own, so that checks leave the process's random state alone
         self._checked = torch.Generator().manual_seed(seed)
@@ -173,12 +187,14 @@ class VLLMEngine(Engine):
             wanted = arguments | overrides | {"dtype": arguments["dtype"]}
             arguments |= _cpu_arguments(base_model(self._live_model()).config, wanted)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            # each process of the launcher runs its own engine, on its own device
+            # each process of the launcher runs an engine, or its part of one, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
         maps: list[WeightMap] = []
         load_format = register_loader(self._model, on_cpu=on_cpu, adapters=True, loaded=maps.append)
         llm = LLM(folder, load_format=load_format, **(arguments | overrides))
         (self._weight_map,) = maps
+        if not self._owns_process_group:
+            leave_process_group(llm)
         return llm
 
     def _share(self, model: nn.Module) -> SharedWeights:
@@ -204,14 +220,34 @@ class VLLMEngine(Engine):
 
         The log-probs are the policy's, of the whole vocabulary at the sampling temperature, NaN where vLLM has none.
         With a seed, a completion depends on the seed, its prompt's place in the list and its own place in the group,
-        not on what else is in the batch. Without, it draws from the process's random state.
+        not on what else is in the batch. Without, it draws from the process's random state. The processes of a tensor
+        parallel engine call this together, each with its own prompts or none, and their lists follow each other.
         """
-        check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
-        if not prompt_ids:
-            return Completions(ids=[], logps=[])
         sampling = self.sampling if sampling is None else sampling
         if sampling is None:
             raise ValueError("sampling must be given: the engine was made without settings of its own")
+        if self._group is None:
+            return self._generate(prompt_ids, sampling, images, on_group)
+        batch = gather_batch(self._group, prompt_ids, sampling, images)
+        own = batch.own_of(self._generate(batch.prompt_ids, batch.sampling, batch.images))
+        # groups that finish early may be another process's
+        report_groups(prompt_ids, own.ids, on_group)
+        return own
+
+    def any_in_group(self, flag: bool) -> bool:
+        """See `Engine.any_in_group`."""
+        return flag if self._group is None else any_in(self._group, flag)
+
+    def _generate(
+        self,
+        prompt_ids: list[list[int]],
+        sampling: Sampling,
+        images: list[list[Any] | None] | None,
+        on_group: GroupCallback | None = None,
+    ) -> Completions:
+        check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
+        if not prompt_ids:
+            return Completions(ids=[], logps=[])
         rows = zip(prompt_ids, images or itertools.repeat(None, len(prompt_ids)), strict=True)
         groups = [(row, len(list(run))) for row, run in itertools.groupby(rows)]
         sizes = [size for _, size in groups]
@@ -261,16 +297,14 @@ class VLLMEngine(Engine):
         self.sampling = replace(self.sampling, temperature=temperature)
 
     def close(self) -> None:
-        """Stop the engine and free its memory; a second call does nothing."""
+        """Stop the engine and free its memory; a second call does nothing.
+
+        A process group that was there before the engine stays, and must not end before it.
+        """
         if self._llm is None:
             return
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
-        destroy_model_parallel()
-        if self._owns_process_group:
-            destroy_distributed_environment()
+        shut_down(self._llm, owns_process_group=self._owns_process_group)
+        self._llm = self._group = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -351,11 +385,16 @@ def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
 
 def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dict[str, Any]) -> None:
     require_vllm()
-    if tensor_parallel_size != 1:
-        raise ValueError(f"vllm_tensor_parallel_size must be 1; it is {tensor_parallel_size}")
+    check_tensor_parallel(tensor_parallel_size)
     owned = {"model", "tokenizer", "skip_tokenizer_init", "load_format", "quantization"} & set(overrides)
     if owned:
         raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
+    spread = {f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data")} | {"distributed_executor_backend"}
+    if spread & set(overrides):
+        raise ValueError(
+            f"vllm_engine_kwargs must not hold {sorted(spread & set(overrides))}: an engine spans processes by "
+            "vllm_tensor_parallel_size alone"
+        )
     refuse_8bit(model)
 
 
@@ -370,6 +409,7 @@ def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments["kv_cache_memory_bytes"] is None:
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = math.ceil(heads / arguments["tensor_parallel_size"])
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
         length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
@@ -387,7 +427,7 @@ def _quiet_start() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     # with OMP_NUM_THREADS set vLLM leaves torch's thread count alone
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)} | rank_variables()
     if not {"VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING"} & set(os.environ):
         # its warnings are about settings made here, and one per weight whose dtype the update changes
         wanted["VLLM_LOGGING_LEVEL"] = "ERROR"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from grpo_fast.generation.base import base_model
 
@@ -26,10 +27,25 @@ def refuse_8bit(model: nn.Module) -> None:
             )
 
 
+# of modules that FSDP, activation checkpointing and `torch.compile` put around others
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def is_part(parameter: Tensor) -> bool:
+    """Whether FSDP2 or DeepSpeed's ZeRO-3 has sharded the parameter."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only."""
+    return any(is_part(parameter) for parameter in model.parameters())
+
+
 def named_weights(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a transformers model under their checkpoint names.
 
-    bitsandbytes' 4-bit weights are given as the trainer multiplies by them, not packed.
+    bitsandbytes' 4-bit weights are given as the trainer multiplies by them, not packed. Sharded ones are gathered, one
+    at a time, as copies: all processes take all weights, in the same order.
 
     Args:
         model: The unwrapped policy.
@@ -38,10 +54,18 @@ def named_weights(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, T
     Raises:
         ValueError: the adapters are not plain LoRA.
     """
-    if not hasattr(model, "peft_config"):
-        for name, parameter in model.named_parameters():
-            yield name, _plain(parameter)
-        return
+    for name, weight in _model_weights(model) if not hasattr(model, "peft_config") else _peft_weights(model, adapters):
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        yield name, weight
+
+
+def _model_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name, _plain(parameter)
+
+
+def _peft_weights(model: Any, adapters: bool) -> Iterator[tuple[str, Tensor]]:
     from peft.tuners.lora import LoraLayer
 
     base = base_model(model)
@@ -64,6 +88,9 @@ def named_weights(model: Any, *, adapters: bool = True) -> Iterator[tuple[str, T
 
 def _plain(parameter: Tensor) -> Tensor:
     """The parameter's values as one dense tensor."""
+    if isinstance(parameter, DTensor):
+        # offloaded ones are gathered on the devices
+        return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     if type(parameter).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
 
@@ -79,7 +106,7 @@ def _with_adapters(layer: Any, leaf: str, weight: Tensor) -> Tensor:
         return weight
     held = set(layer.r) - set(layer.merged_adapters)
     for adapter in (name for name in layer.active_adapters if name in held):
-        weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+        weight = weight + _plain(layer.get_delta_weight(adapter)).to(weight.dtype)
     return weight
 
 

@@ -39,7 +39,7 @@ class EngineTrainer(BaseTrainer):
             eos_token_ids=self.eos_token_ids,
             context=self._generation_context,
             unwrap=self._unwrapped_for_generation,
-            seed=self.args.seed + self.accelerator.process_index,
+            seed=self.args.seed + self.accelerator.process_index // self.args.vllm_tensor_parallel_size,
         )
         if isinstance(self.engine, VLLMEngine):
             self.vllm_generation = VLLMGeneration(self.engine, lambda: self.accelerator.unwrap_model(self.model))

@@ -172,13 +172,14 @@ class ToolTrainer(BaseTrainer):
         ]
         num_calls = num_failures = num_turns = 0
         pending = [conversation for conversation in conversations if conversation.calls]
-        while pending and num_turns < self.max_tool_calling_iterations:
+        # processes that generate together take the same number of turns, the last ones without conversations
+        while self.engine.any_in_group(bool(pending)) and num_turns < self.max_tool_calling_iterations:
             num_turns += 1
             replies = run_calls([c.calls for c in pending], [self._row_functions(c.row) for c in pending])
             num_calls += sum(map(len, replies))
             num_failures += sum(reply.failed for row in replies for reply in row)
             pending = [c for c, own in zip(pending, replies, strict=True) if self._show(c, own)]
-            if pending:
+            if self.engine.any_in_group(bool(pending)):
                 self._continue(pending, conversations, images, multimodal_fields)
             pending = [conversation for conversation in pending if conversation.calls]
         return (
@@ -228,7 +229,7 @@ class ToolTrainer(BaseTrainer):
         tool_images = [conversation.images for conversation in conversations]
         turn_images: list[Any] | None = None
         fields: dict[str, Any] = {}
-        if self._is_vlm:
+        if self._is_vlm and pending:
             turn_images, fields = multimodal.turn_fields(
                 multimodal_fields,
                 [conversation.prompt_ids for conversation in conversations],
