@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import itertools
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ from torch import nn
 
 from grpo_fast.batch import Completions, Sampling
 from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.vllm_requests import request_seed, request_settings, runs_of_rows
 from grpo_fast.generation.vllm_sampler import report_policy_logps
 from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit, register_loader, write_config
 
@@ -178,8 +178,7 @@ class VLLMEngine:
         sampling = self.sampling if sampling is None else sampling
         if sampling is None:
             raise ValueError("sampling must be given: the engine was made without settings of its own")
-        rows = zip(prompt_ids, images or itertools.repeat(None, len(prompt_ids)), strict=True)
-        groups = [(row, len(list(run))) for row, run in itertools.groupby(rows)]
+        groups = runs_of_rows(prompt_ids, images)
         requests = [self._sampling_params(sampling, i, size) for i, (_, size) in enumerate(groups)]
         # vLLM draws from the process's state even when every request has a seed
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -226,19 +225,7 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        settings: dict[str, Any] = {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p or 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": sampling.seed,
-            "stop_token_ids": self._eos_token_ids,
-            # 0 asks for the sampled token alone
-            "logprobs": 0,
-            "flat_logprobs": True,
-        }
+        settings = request_settings(sampling, self._eos_token_ids) | {"flat_logprobs": True}
         extra = dict(sampling.extra or {})
         check_options(extra, known=set(SamplingParams.__struct_fields__) - {"n", "flat_logprobs"})
         if self._structured_outputs_regex is not None:
@@ -289,11 +276,6 @@ def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dic
     if owned:
         raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
     refuse_8bit(model)
-
-
-def request_seed(seed: int, index: int) -> int:
-    """A 62-bit seed for request `index`; vLLM adds the place in the group, so consecutive ones must lie far apart."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
