@@ -91,7 +91,7 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
 
     # vLLM
     use_vllm: bool = _help("Generate with vLLM.", False)
-    vllm_mode: str = _help("'colocate': in the trainer's process.", "colocate")
+    vllm_mode: str = _help("'colocate': in the trainer's process; 'server': a `vllm serve` process.", "colocate")
     vllm_model_impl: str = _help("vLLM's model implementation: 'vllm' or 'transformers'.", "vllm")
     vllm_enable_sleep_mode: bool = _help("Release vLLM's memory while training.", False)
     vllm_structured_outputs_regex: str | None = _help("Regular expression completions must match.", None)

@@ -45,7 +45,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
         lambda value: value >= 0,
         (
             *("beta", "epsilon", "epsilon_high", "router_aux_loss_coef", "entropy_coef_delta", "top_k"),
-            *("max_tool_calling_iterations", "vllm_check_interval"),
+            *("max_tool_calling_iterations", "vllm_check_interval", "vllm_server_timeout"),
             *("off_policy_mask_threshold", "vllm_importance_sampling_clip_min"),
         ),
     ),
@@ -57,6 +57,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             "vllm_importance_sampling_clip_max",
         ),
     ),
+    ("in [1, 65535]", lambda value: 1 <= value <= 65535, ("vllm_server_port", "vllm_group_port")),
     # smaller ones TRL raises to 1e-4 without a word
     ("at least 1e-4", lambda value: value >= 1e-4, ("vespo_lambda_pos", "vespo_lambda_neg")),
     ("in (0, 1]", lambda value: 0 < value <= 1, ("top_p", "top_entropy_quantile", "vllm_gpu_memory_utilization")),
@@ -67,18 +68,26 @@ _VLLM_SERVER = (
     *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
     "vllm_group_port",
 )
+_VLLM_COLOCATED = (
+    *("vllm_model_impl", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
+    *("vllm_tensor_parallel_size", "vllm_engine_kwargs", "vllm_check_interval"),
+)
 _IS = tuple(f"vllm_importance_sampling_{name}" for name in ("mode", "clip_max", "clip_min"))
 _VLLM = (
-    *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
-    *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_engine_kwargs"),
-    "vllm_check_interval",
-    *("vllm_importance_sampling_correction", *_IS, *_VLLM_SERVER),
+    *("vllm_mode", "vllm_structured_outputs_regex", *_VLLM_COLOCATED, *_VLLM_SERVER),
+    *("vllm_importance_sampling_correction", *_IS),
 )
 
 # (what the fields need to have an effect, whether it is there, fields)
 EFFECTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("use_vllm=True", lambda args: args.use_vllm, _VLLM),
     ("vllm_mode='server'", lambda args: args.vllm_mode == "server", _VLLM_SERVER),
+    ("vllm_mode='colocate'", lambda args: args.vllm_mode == "colocate", _VLLM_COLOCATED),
+    (
+        "vllm_server_base_url=None",
+        lambda args: args.vllm_server_base_url is None,
+        ("vllm_server_host", "vllm_server_port"),
+    ),
     ("vllm_importance_sampling_correction=True", lambda args: args.vllm_importance_sampling_correction, _IS),
     (
         "use_vllm=False",
@@ -119,11 +128,8 @@ EFFECTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 
 def check_supported(args: Any) -> None:
     """Refuse what the trainer cannot do (ValueError)."""
-    if args.use_vllm and args.vllm_mode == "server":
-        raise ValueError(
-            "vllm_mode='server' is not supported: the engine runs in the trainer's process; use 'colocate'"
-        )
-    if args.use_vllm and args.vllm_enable_sleep_mode:
+    is_colocated = args.use_vllm and args.vllm_mode == "colocate"
+    if is_colocated and args.vllm_enable_sleep_mode:
         raise ValueError("vllm_enable_sleep_mode=True is not supported: the engine keeps its memory; set it to False")
     if args.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens; it is None")
@@ -171,6 +177,9 @@ def check_combinations(args: Any) -> None:
             f"{args.vllm_tensor_parallel_size}"
         )
     _check_importance_sampling(args)
+    url = args.vllm_server_base_url
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ValueError(f"vllm_server_base_url must start with http:// or https://; it is {url!r}")
     if args.delta is not None and args.loss_type not in CLIPPED_LOSSES:
         raise ValueError(
             f"delta={args.delta} bounds the ratio of the losses {', '.join(CLIPPED_LOSSES)}; loss_type is "

@@ -76,7 +76,9 @@ def test_derived_values_are_trls(tmp_path, settings):
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation must be one of"),
         ({"vllm_importance_sampling_mode": "token"}, "vllm_importance_sampling_mode must be one of"),
         ({"vllm_mode": "remote"}, "vllm_mode must be one of"),
-        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' is not supported"),
+        ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url must start with http"),
+        ({"vllm_group_port": 0}, r"vllm_group_port must be in \[1, 65535\]; it is 0"),
+        ({"vllm_server_timeout": -1.0}, "vllm_server_timeout must be at least 0"),
         ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
         ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size must be 1: .*; it is 2"),
         ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' .* it is 'sequence_mask'"),
@@ -182,6 +184,14 @@ def test_deprecated_fields_of_trl_keep_their_meaning(tmp_path):
         ({"importance_sampling_level": "sequence"}, "GSPO uses loss_type='grpo'"),
         ({"vllm_model_impl": "transformers", "top_p": 0.9}, r"without effect: vllm_model_impl \(needs use_vllm=True\)"),
         ({"use_vllm": True, "vllm_server_port": 1}, r"vllm_server_port \(needs vllm_mode='server'\)"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_gpu_memory_utilization": 0.5},
+            r"vllm_gpu_memory_utilization \(needs vllm_mode='colocate'\)",
+        ),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://a", "vllm_server_port": 1},
+            r"vllm_server_port \(needs vllm_server_base_url=None\)",
+        ),
         ({"num_completions_to_print": 2, "vespo_k_pos": 1.0}, "vespo_k_pos .*, num_completions_to_print"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Generation behind one interface: transformers' `generate`, or vLLM in the trainer's process."""
+"""Generation behind one interface: transformers' `generate`, vLLM in the trainer's process, or a vLLM server."""
 
 from grpo_fast.generation.base import Engine, context_length
 from grpo_fast.generation.factory import make_engine
@@ -6,12 +6,14 @@ from grpo_fast.generation.transformers_engine import TransformersEngine
 from grpo_fast.generation.unwrap import unwrap_model_for_generation
 from grpo_fast.generation.vllm_engine import VLLMEngine, require_vllm
 from grpo_fast.generation.vllm_generation import VLLMGeneration
+from grpo_fast.generation.vllm_server import VLLMServer
 
 __all__ = [
     "Engine",
     "TransformersEngine",
     "VLLMEngine",
     "VLLMGeneration",
+    "VLLMServer",
     "context_length",
     "make_engine",
     "require_vllm",

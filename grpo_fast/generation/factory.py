@@ -16,6 +16,7 @@ from grpo_fast.generation.base import Engine
 from grpo_fast.generation.continuous_batch import ContinuousBatch
 from grpo_fast.generation.transformers_engine import PaddedBatch, TransformersEngine
 from grpo_fast.generation.vllm_engine import VLLMEngine
+from grpo_fast.generation.vllm_server import VLLMServer
 
 
 def make_engine(
@@ -28,7 +29,7 @@ def make_engine(
     seed: int,
     unwrap: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Engine:
-    """An engine: vLLM with `use_vllm=True`, else transformers, with `use_transformers_continuous_batching=True` paged.
+    """The engine: vLLM with `use_vllm=True`, in this process or as a server, else transformers, paged if asked for.
 
     Args:
         model: The unwrapped policy.
@@ -52,6 +53,16 @@ def make_engine(
         extra=as_dict(args.generation_kwargs),
     )
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if args.use_vllm and args.vllm_mode == "server":
+        return VLLMServer(
+            model=model,
+            base_url=args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}",
+            eos_token_ids=eos_token_ids,
+            timeout_s=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            sampling=sampling,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+        )
     if args.use_vllm:
         return _vllm_engine(model, processing_class, args, sampling, mixed, eos_token_ids=eos_token_ids, seed=seed)
     is_processor = isinstance(processing_class, ProcessorMixin)

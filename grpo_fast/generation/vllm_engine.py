@@ -46,8 +46,9 @@ from grpo_fast.generation.vllm_processes import (
     shut_down,
     tensor_parallel_group,
 )
-from grpo_fast.generation.vllm_requests import drawn, run_requests
+from grpo_fast.generation.vllm_requests import request_seed, request_settings, runs_of_rows
 from grpo_fast.generation.vllm_sampler import report_policy_logps
+from grpo_fast.generation.vllm_steps import drawn, run_requests
 from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
 from grpo_fast.generation.weight_map import WeightMap
 
@@ -248,8 +249,7 @@ class VLLMEngine(Engine):
         check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
         if not prompt_ids:
             return Completions(ids=[], logps=[])
-        rows = zip(prompt_ids, images or itertools.repeat(None, len(prompt_ids)), strict=True)
-        groups = [(row, len(list(run))) for row, run in itertools.groupby(rows)]
+        groups = runs_of_rows(prompt_ids, images)
         sizes = [size for _, size in groups]
         requests = [self._sampling_params(sampling, i, size) for i, size in enumerate(sizes)]
         # vLLM draws from the process's state even when every request has a seed
@@ -319,19 +319,7 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        settings: dict[str, Any] = {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p or 0.0,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": sampling.seed,
-            "stop_token_ids": self._eos_token_ids,
-            # 0 asks for the sampled token alone
-            "logprobs": 0,
-            "flat_logprobs": True,
-        }
+        settings = request_settings(sampling, self._eos_token_ids) | {"flat_logprobs": True}
         extra = dict(sampling.extra or {})
         check_options(extra, known=set(SamplingParams.__struct_fields__) - {"n", "flat_logprobs"})
         if self._structured_outputs_regex is not None:
@@ -396,11 +384,6 @@ def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dic
             "vllm_tensor_parallel_size alone"
         )
     refuse_8bit(model)
-
-
-def request_seed(seed: int, index: int) -> int:
-    """A 62-bit seed for request `index`; vLLM adds the place in the group, so consecutive ones must lie far apart."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TRL's `trainer.vllm_generation`, for scripts and rollout functions that use it: a thin face of `VLLMEngine`."""
+"""TRL's `trainer.vllm_generation`, for scripts and rollout functions that use it: a thin face of the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from grpo_fast.generation.vllm_client import ServerClient
 from grpo_fast.generation.vllm_engine import VLLMEngine
+from grpo_fast.generation.vllm_server import VLLMServer
 
 
 class _Setting:
@@ -29,7 +31,6 @@ class _Setting:
 class VLLMGeneration:
     """The engine under TRL's names. What is set here, such as `temperature`, holds for the trainer's rollouts too."""
 
-    mode = "colocate"
     temperature = _Setting("temperature")
     top_p = _Setting("top_p")
     top_k = _Setting("top_k")
@@ -38,15 +39,30 @@ class VLLMGeneration:
     max_completion_length = _Setting("max_tokens")
     generation_kwargs = _Setting("extra")
 
-    def __init__(self, engine: VLLMEngine, policy: Callable[[], nn.Module]) -> None:
+    def __init__(self, engine: VLLMEngine | VLLMServer, policy: Callable[[], nn.Module]) -> None:
         """A face of `engine`; `policy` gives the unwrapped model whose weights it takes."""
         self.engine = engine
         self._policy = policy
 
     @property
+    def mode(self) -> str:
+        """`"server"` or `"colocate"`, as `vllm_mode`."""
+        return "server" if isinstance(self.engine, VLLMServer) else "colocate"
+
+    @property
     def llm(self) -> Any:
-        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request."""
+        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request. A server has none."""
+        if isinstance(self.engine, VLLMServer):
+            raise AttributeError("vllm_mode='server' has no llm in this process; vllm_client talks to the server")
         return self.engine.llm
+
+    @property
+    def vllm_client(self) -> ServerClient:
+        """What talks to the server, in the main process; not TRL's client, whose methods are `generate`'s here."""
+        client = self.engine.client if isinstance(self.engine, VLLMServer) else None
+        if client is None:
+            raise AttributeError("vllm_client is there with vllm_mode='server', in the main process alone")
+        return client
 
     def sync_weights(self) -> None:
         """Generate from the policy's present weights."""

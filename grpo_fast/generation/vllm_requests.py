@@ -1,75 +1,40 @@
-"""Requests through a vLLM engine in this process, step by step, so that what is finished early is known early.
-
-Works as `LLM.generate` does, with `LLM.enqueue` and the engine's own `step`: the same requests in the same order draw
-the same completions.
-"""
+"""What the requests to vLLM have in common, whether it runs in this process or as a server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
-from grpo_fast.generation.progress import GenerationBar
+import numpy as np
+
+from grpo_fast.batch import Sampling
+
+# one prompt's tokens and images
+Row = tuple[list[int], list[Any] | None]
 
 
-def run_requests(
-    llm: Any,
-    prompts: list[dict[str, Any]],
-    params: list[Any],
-    *,
-    on_finished: Callable[[int, Any], None] | None = None,
-    shows_progress: bool = False,
-) -> list[Any]:
-    """Run one request a prompt to its end.
-
-    Args:
-        llm: A `vllm.LLM` in this process that nobody else uses meanwhile.
-        prompts: As vLLM takes them.
-        params: The `SamplingParams` of each; changed as `LLM.generate` changes them.
-        on_finished: Called between two steps of the engine with the place of a request and its `RequestOutput`, as
-            soon as all its completions are there. If it raises, generation ends.
-        shows_progress: Whether a bar shows the completions that are done and the tokens a second.
-
-    Returns:
-        The `RequestOutput`s in the order of `prompts`.
-
-    Raises:
-        Exception: What vLLM or `on_finished` raises, after the requests that were still running have been aborted: the
-            engine can be used again.
-    """
-    engine = llm.llm_engine
-    outputs: list[Any] = [None] * len(prompts)
-    try:
-        # vLLM appends random characters to the name that an output bears
-        names = (name.partition("-")[0] for name in llm.enqueue(prompts, params, use_tqdm=False))
-        places = {name: place for place, name in enumerate(names)}
-        # the engine forgets a completion's state when it is done
-        states = list(engine.output_processor.request_states.values()) if shows_progress else []
-        with GenerationBar(len(states), is_shown=shows_progress) as bar:
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    place = places[output.request_id]
-                    outputs[place] = output
-                    if on_finished is not None:
-                        on_finished(place, output)
-                if bar.is_due:
-                    num_tokens = sum(state.detokenizer.num_output_tokens() for state in states)
-                    bar.show(len(states) - engine.get_num_unfinished_requests(), num_tokens)
-    except BaseException:
-        # Ctrl-C, too: what is left in the engine would run with the next call
-        _abort_all(engine)
-        raise
-    return outputs
+def runs_of_rows(prompt_ids: list[list[int]], images: list[list[Any] | None] | None) -> list[tuple[Row, int]]:
+    """Equal rows that follow each other, as one row and how often it is wanted."""
+    rows = zip(prompt_ids, images or itertools.repeat(None, len(prompt_ids)), strict=True)
+    return [(row, len(list(run))) for row, run in itertools.groupby(rows)]
 
 
-def drawn(output: Any, size: int) -> list[Any]:
-    """The `size` completions of a request, in order; greedy completions of a prompt are one."""
-    completions = sorted(output.outputs, key=lambda completion: completion.index)
-    return completions if len(completions) == size else completions * size
+def request_settings(sampling: Sampling, stop_token_ids: list[int]) -> dict[str, Any]:
+    """The sampling parameters under vLLM's names; log-probs are of the sampled token alone."""
+    return {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "stop_token_ids": stop_token_ids,
+        # 0 asks for the sampled token alone
+        "logprobs": 0,
+    }
 
 
-def _abort_all(engine: Any) -> None:
-    processor = engine.output_processor
-    # requests for several completions go with their children, so they are not named together
-    engine.abort_request(list(processor.parent_requests), internal=True)
-    engine.abort_request(list(processor.request_states), internal=True)
+def request_seed(seed: int, index: int) -> int:
+    """A 62-bit seed for request `index`; vLLM adds the place in the group, so consecutive ones must lie far apart."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(2))

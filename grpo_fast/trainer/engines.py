@@ -11,6 +11,7 @@ from grpo_fast.generation import (
     Engine,
     VLLMEngine,
     VLLMGeneration,
+    VLLMServer,
     make_engine,
     unwrap_model_for_generation,
 )
@@ -41,7 +42,7 @@ class EngineTrainer(BaseTrainer):
             unwrap=self._unwrapped_for_generation,
             seed=self.args.seed + self.accelerator.process_index // self.args.vllm_tensor_parallel_size,
         )
-        if isinstance(self.engine, VLLMEngine):
+        if isinstance(self.engine, (VLLMEngine, VLLMServer)):
             self.vllm_generation = VLLMGeneration(self.engine, lambda: self.accelerator.unwrap_model(self.model))
 
     def _unwrapped_for_generation(self) -> AbstractContextManager[Any]:

@@ -212,8 +212,12 @@ class ToolTrainer(BaseTrainer):
 
     @property
     def _context_length(self) -> int:
-        if self.use_vllm and self.vllm_mode == "colocate":
-            length: int = self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        if self.use_vllm:
+            length: int = (
+                self.vllm_generation.llm.llm_engine.model_config.max_model_len
+                if self.vllm_mode == "colocate"
+                else self.vllm_generation.engine.max_model_len
+            )
             return length
         return context_length(self.model.config) or sys.maxsize
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from grpo_fast.batch import Sampling
-from grpo_fast.generation import VLLMEngine, progress, vllm_requests
+from grpo_fast.generation import VLLMEngine, progress, vllm_steps
 from grpo_fast.generation.transformers_engine import TransformersEngine
 from grpo_fast.generation.vllm_engine import _completions, _vllm_prompt
-from grpo_fast.generation.vllm_requests import drawn
+from grpo_fast.generation.vllm_steps import drawn
 from tests.tiny_lm import make_model, make_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -142,7 +142,7 @@ def test_the_bar_counts_completions_and_tokens(shows, sampling, monkeypatch):
             seen.append((done, num_tokens, self.total))
             super().show(done, num_tokens)
 
-    monkeypatch.setattr(vllm_requests, "GenerationBar", Bar)
+    monkeypatch.setattr(vllm_steps, "GenerationBar", Bar)
     ids = shows.generate(ROWS, sampling).ids
     if sampling.temperature == 0:
         # greedy completions of a prompt are drawn once

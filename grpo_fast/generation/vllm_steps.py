@@ -1,0 +1,75 @@
+"""Requests through a vLLM engine in this process, step by step, so that what is finished early is known early.
+
+Works as `LLM.generate` does, with `LLM.enqueue` and the engine's own `step`: the same requests in the same order draw
+the same completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from grpo_fast.generation.progress import GenerationBar
+
+
+def run_requests(
+    llm: Any,
+    prompts: list[dict[str, Any]],
+    params: list[Any],
+    *,
+    on_finished: Callable[[int, Any], None] | None = None,
+    shows_progress: bool = False,
+) -> list[Any]:
+    """Run one request a prompt to its end.
+
+    Args:
+        llm: A `vllm.LLM` in this process that nobody else uses meanwhile.
+        prompts: As vLLM takes them.
+        params: The `SamplingParams` of each; changed as `LLM.generate` changes them.
+        on_finished: Called between two steps of the engine with the place of a request and its `RequestOutput`, as
+            soon as all its completions are there. If it raises, generation ends.
+        shows_progress: Whether a bar shows the completions that are done and the tokens a second.
+
+    Returns:
+        The `RequestOutput`s in the order of `prompts`.
+
+    Raises:
+        Exception: What vLLM or `on_finished` raises, after the requests that were still running have been aborted: the
+            engine can be used again.
+    """
+    engine = llm.llm_engine
+    outputs: list[Any] = [None] * len(prompts)
+    try:
+        # vLLM appends random characters to the name that an output bears
+        names = (name.partition("-")[0] for name in llm.enqueue(prompts, params, use_tqdm=False))
+        places = {name: place for place, name in enumerate(names)}
+        # the engine forgets a completion's state when it is done
+        states = list(engine.output_processor.request_states.values()) if shows_progress else []
+        with GenerationBar(len(states), is_shown=shows_progress) as bar:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    place = places[output.request_id]
+                    outputs[place] = output
+                    if on_finished is not None:
+                        on_finished(place, output)
+                if bar.is_due:
+                    num_tokens = sum(state.detokenizer.num_output_tokens() for state in states)
+                    bar.show(len(states) - engine.get_num_unfinished_requests(), num_tokens)
+    except BaseException:
+        # Ctrl-C, too: what is left in the engine would run with the next call
+        _abort_all(engine)
+        raise
+    return outputs
+
+
+def drawn(output: Any, size: int) -> list[Any]:
+    """The `size` completions of a request, in order; greedy completions of a prompt are one."""
+    completions = sorted(output.outputs, key=lambda completion: completion.index)
+    return completions if len(completions) == size else completions * size
+
+
+def _abort_all(engine: Any) -> None:
+    processor = engine.output_processor
+    # requests for several completions go with their children, so they are not named together
+    engine.abort_request(list(processor.parent_requests), internal=True)
+    engine.abort_request(list(processor.request_states), internal=True)
