@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from grpo_kernels import reference
 from grpo_kernels.checks import check_dtype, describe
 from grpo_kernels.dispatch import choose_impl, exactly_on
 
-# Elements a thread updates before it copies them, on a CPU: 2 MiB of fp32. With SmolLM2-135M on one thread of a Zen 5
-# (2 MiB of L2 a core, 32 of L3) a step takes, with 2^16 to 2^21 elements, 125, 108, 102, 97, 98 and 102 ms; torch's
-# fused step with the copies after it 100. Shorter pieces pay for more calls, longer ones leave the cache.
+# Elements a thread updates before it copies them, on a CPU: 2 MiB of fp32. On one thread of a Zen 5 (2 x 1 MiB of L2,
+# 32 of L3) SmolLM2-135M's step takes 125, 108, 102, 97, 98 and 102 ms with 2^16 to 2^21 elements, torch's fused step
+# with copies after it 100. Shorter pieces pay for more calls, longer ones leave the cache.
 PIECE = 2**19
 # torch's vector loop takes multiples of this many elements, and a scalar loop, which rounds otherwise, takes the rest:
 # a piece ends where a whole parameter's vector loop would not
@@ -54,7 +54,7 @@ class AdamWOptions:
 
 @dataclass(frozen=True)
 class Update:
-    """One parameter with what belongs to it, all but `step` as [numel] views in the order of its storage."""
+    """One parameter with what belongs to it; all but `step` are laid out alike."""
 
     param: Tensor
     grad: Tensor
@@ -64,16 +64,20 @@ class Update:
     shadow: Tensor | None
 
     def part(self, start: int, stop: int) -> Update:
-        """The same of some elements."""
+        """The same of some elements, counted in the order of the storage: views."""
         if stop - start == self.param.numel():
             return self
-        return replace(
-            self,
-            param=self.param[start:stop],
-            grad=self.grad[start:stop],
-            exp_avg=self.exp_avg[start:stop],
-            exp_avg_sq=self.exp_avg_sq[start:stop],
-            shadow=None if self.shadow is None else self.shadow[start:stop],
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.as_strided((stop - start,), (1,), tensor.storage_offset() + start)
+
+        return Update(
+            cut(self.param),
+            cut(self.grad),
+            cut(self.exp_avg),
+            cut(self.exp_avg_sq),
+            self.step,
+            None if self.shadow is None else cut(self.shadow),
         )
 
 
@@ -138,13 +142,15 @@ def adamw_step(
         )  # fmt: skip
         return
     torch._foreach_add_(list(steps), 1)
-    is_beside = [s is not None and s.stride() == p.stride() for p, s in zip(params, shadows, strict=True)]
-    columns = zip(params, grads, exp_avgs, exp_avg_sqs, steps, shadows, is_beside, strict=True)
-    updates = [
-        Update(_flat(p), _flat(g), _flat(m), _flat(v), step, _flat(s) if beside and s is not None else None)
-        for p, g, m, v, step, s, beside in columns
-        if p.numel() > 0
-    ]
+    updates, copied_after = [], []
+    for param, grad, exp_avg, exp_avg_sq, step, shadow in zip(
+        params, grads, exp_avgs, exp_avg_sqs, steps, shadows, strict=True
+    ):
+        if shadow is not None and shadow.stride() != param.stride():
+            copied_after.append((shadow, param))
+            shadow = None
+        if param.numel() > 0:
+            updates.append(Update(param, grad, exp_avg, exp_avg_sq, step, shadow))
     with exactly_on(device):
         if chosen == "triton":
             from grpo_kernels.adamw_kernel import launch_adamw
@@ -152,9 +158,8 @@ def adamw_step(
             launch_adamw(updates, options, grad_scale=grad_scale, found_inf=found_inf)
         else:
             _update_by_torch(updates, options, grad_scale=grad_scale, found_inf=found_inf)
-    for param, shadow, beside in zip(params, shadows, is_beside, strict=True):
-        if shadow is not None and not beside:
-            shadow.copy_(param)
+    for shadow, param in copied_after:
+        shadow.copy_(param)
     if found_inf is not None:
         torch._foreach_sub_(list(steps), [found_inf.reshape(())] * len(steps))
 
@@ -215,11 +220,6 @@ def batches(sizes: Sequence[int], room: int) -> Iterator[list[tuple[int, int, in
         yield batch
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """[numel] view of a dense tensor, in the order of its storage."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
 def _check_tensors(
     params: Sequence[Tensor], steps: Sequence[Tensor], shadows: Sequence[Tensor | None], **alike: Sequence[Tensor]
 ) -> None:
@@ -234,21 +234,22 @@ def _check_tensors(
                 f"params must have one dtype and device, got params[0] {describe(params[0])} and params[{i}] "
                 f"{describe(param)}"
             )
-        if not _is_dense(param):
-            raise ValueError(f"params[{i}] must be dense, got {describe(param)} with strides {param.stride()}")
+        if not param.is_contiguous() and not _is_dense(param):
+            raise ValueError(f"params[{i}] must be dense, got {_layout(param)}")
+        kind = (param.shape, param.stride(), param.dtype, param.device)
         for name, tensors in alike.items():
             tensor = tensors[i]
-            is_like = tensor.shape == param.shape and tensor.stride() == param.stride()
-            if not (is_like and tensor.dtype == param.dtype and tensor.device == param.device):
-                raise ValueError(
-                    f"{name}[{i}] must be like params[{i}], {describe(param)} with strides {param.stride()}, got "
-                    f"{describe(tensor)} with strides {tensor.stride()}"
-                )
+            if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != kind:
+                raise ValueError(f"{name}[{i}] must be like params[{i}], {_layout(param)}, got {_layout(tensor)}")
         if steps[i].ndim != 0 or not steps[i].is_floating_point():
             raise ValueError(f"steps[{i}] must be [] float, got {describe(steps[i])}")
         shadow = shadows[i]
         if shadow is not None:
             check_shadow(param, shadow, f"shadows[{i}]")
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{describe(tensor)} with strides {tensor.stride()}"
 
 
 def check_shadow(param: Tensor, shadow: Tensor, name: str) -> None:
@@ -277,4 +278,4 @@ def _check_scaling(
 def _is_dense(tensor: Tensor) -> bool:
     """Whether its elements fill one piece of storage without gaps, in any order of its dimensions."""
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.is_contiguous() or reach + 1 == tensor.numel()
+    return reach + 1 == tensor.numel()
