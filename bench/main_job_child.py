@@ -179,9 +179,6 @@ def measure(label: str, *, model: str, steps: int, seed: int, gradient_checkpoin
             callbacks=[StepEnds()],
         )
         probe.watch(trainer)
-        if hasattr(trainer, "timer"):
-            # it would start the process's peaks again at every phase
-            trainer.timer.meter = None
         startup_s = time.perf_counter() - started
         loaded_rss_mib = _peak_rss_mib()
         trainer.train()

@@ -176,6 +176,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         " percent of the run's time allows. 0 checks nothing, not even weights.",
         None,
     )
+    log_memory: bool = _help(
+        "Log the peak memory of each phase. The counters that it is read from, torch.cuda.max_memory_allocated or the "
+        "process's peak resident set, then start again at every phase, for whoever else reads them, too.",
+        False,
+    )
     overlap_rewards: bool = _help(
         "use_vllm: score each group of completions while vLLM still generates others. Reward functions are then called "
         "once a group, not once a batch, and in another thread, one call at a time (async ones side by side): they "

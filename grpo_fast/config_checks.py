@@ -192,6 +192,11 @@ def check_combinations(args: Any) -> None:
             f"entropy_coef_min must not be above entropy_coef_max ({args.entropy_coef_max}); it is "
             f"{args.entropy_coef_min}"
         )
+    if args.log_memory and not args.skip_memory_metrics:
+        raise ValueError(
+            "log_memory=True starts the counters again that skip_memory_metrics=False reads for whole stages: set one of "
+            "them only"
+        )
     if args.log_completions_hub_repo is not None and not args.log_completions:
         raise ValueError(
             f"log_completions_hub_repo={args.log_completions_hub_repo!r} needs log_completions=True, which writes the "

@@ -88,25 +88,17 @@ def _peak_rss_mib() -> float:
     return int(rest[: rest.index(b"kB")]) / 1024
 
 
-def make_meter(device: torch.device, *, skip_memory_metrics: bool) -> MemoryMeter | None:
-    """The device's meter; None, which is logged, where there is none.
-
-    Args:
-        device: What the model runs on.
-        skip_memory_metrics: transformers' field. Its own report of whole stages reads the CUDA allocator's peak, which
-            must not start again within a stage: with False, nothing is metered on CUDA.
-    """
+def make_meter(device: torch.device) -> MemoryMeter | None:
+    """The meter of what the model runs on; None, which is logged, where there is none."""
     reason = f"nothing reads the peaks of {device.type}"
     if device.type == "cuda":
-        if skip_memory_metrics:
-            return CudaMeter(device)
-        reason = "skip_memory_metrics=False, and transformers' report needs the allocator's peaks"
-    elif device.type == "cpu":
+        return CudaMeter(device)
+    if device.type == "cpu":
         try:
             return ResidentMeter()
         except OSError as error:
             reason = str(error)
-    logger.warning("memory/ is not logged: %s", reason)
+    logger.warning("log_memory=True has no effect: %s", reason)
     return None
 
 

@@ -14,7 +14,14 @@ from grpo_fast import GRPOConfig
 from grpo_fast.config_checks import CHOICES, EFFECTS, LOSS_TYPES, RANGES
 from grpo_fast.legacy import LEGACY
 
-OURS = {"max_tokens_per_pack", "share_prompts", "vllm_check_interval", "vllm_engine_kwargs", "overlap_rewards"}
+OURS = {
+    "max_tokens_per_pack",
+    "share_prompts",
+    "vllm_check_interval",
+    "vllm_engine_kwargs",
+    "log_memory",
+    "overlap_rewards",
+}
 
 
 def make(tmp_path, **kwargs):
@@ -80,8 +87,12 @@ def test_derived_values_are_trls(tmp_path, settings):
         ({"vllm_group_port": 0}, r"vllm_group_port must be in \[1, 65535\]; it is 0"),
         ({"vllm_server_timeout": -1.0}, "vllm_server_timeout must be at least 0"),
         ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
-        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size must be 1: .*; it is 2"),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 2},
+            r"vllm_tensor_parallel_size must divide the number of processes \(1\); it is 2",
+        ),
         ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' .* it is 'sequence_mask'"),
+        ({"log_memory": True, "skip_memory_metrics": False}, "log_memory=True starts the counters again"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"max_completion_length": None}, "max_completion_length must be a number of tokens"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of must be a whole number, 'auto' or 'none'; it is 'many'"),
@@ -116,6 +127,7 @@ EDGES = {
     "at least 1e-4": ([1e-4], [0.9e-4]),
     "in (0, 1]": ([1e-3, 1], [0, 1.001]),
     "in [0, 1]": ([0, 1], [-0.001, 1.001]),
+    "in [1, 65535]": ([1, 65535], [0, 65536]),
 }
 
 

@@ -87,13 +87,10 @@ def test_what_cannot_be_read_is_left_out_and_said(monkeypatch, caplog):
     for name in ("CLEAR_REFS", "STATUS"):
         with monkeypatch.context() as patch:
             patch.setattr(memory, name, "/proc/self/no such file")
-            assert make_meter(CPU, skip_memory_metrics=True) is None
-    assert make_meter(torch.device("mps"), skip_memory_metrics=True) is None
-    # transformers meters whole stages by the counter that a phase would start again
-    assert make_meter(torch.device("cuda"), skip_memory_metrics=False) is None
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["memory/ is not logged"] * 4
-    assert "skip_memory_metrics=False" in caplog.messages[-1]
-    assert isinstance(make_meter(torch.device("cuda"), skip_memory_metrics=True), CudaMeter)
+            assert make_meter(CPU) is None
+    assert make_meter(torch.device("mps")) is None
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["log_memory=True has no effect"] * 3
+    assert isinstance(make_meter(torch.device("cuda")), CudaMeter)
 
 
 @pytest.mark.gpu
@@ -125,7 +122,7 @@ def test_each_step_logs_the_peak_of_each_phase(tmp_path):
         hold(4 * HELD_MIB).close()
         return [float(len(text)) for text in completions]
 
-    trainer = build(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    trainer = build(tmp_path, max_steps=2, gradient_accumulation_steps=2, log_memory=True)
     trainer.reward_funcs[0] = greedy_reward
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
@@ -138,3 +135,14 @@ def test_each_step_logs_the_peak_of_each_phase(tmp_path):
         rewards = peaks.pop("memory/rewards_peak_mib")
         # neither the phase around it nor those after it
         assert rewards - max(peaks.values()) > 3 * HELD_MIB
+
+
+@linux
+def test_nobody_s_counters_start_again_unless_asked(tmp_path):
+    pages = hold(8 * HELD_MIB)
+    pages.close()
+    peak = max_rss_mib()
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    assert max_rss_mib() >= peak
+    assert not any(name.startswith("memory/") for line in trainer.state.log_history for name in line)

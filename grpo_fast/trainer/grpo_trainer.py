@@ -254,7 +254,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         # no bonus before a window's entropy is known
         self._last_world_entropy = math.inf
         self._entropy_window_stats = None
-        self.timer = PhaseTimer(make_meter(args.device, skip_memory_metrics=args.skip_memory_metrics))
+        self.timer = PhaseTimer(make_meter(args.device) if args.log_memory else None)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._logs = CompletionLog(max_rows=args.generation_batch_size or 0)
         self._pending_stats: list[Stats] = []
