@@ -194,8 +194,8 @@ def check_combinations(args: Any) -> None:
         )
     if args.log_memory and not args.skip_memory_metrics:
         raise ValueError(
-            "log_memory=True starts the counters again that skip_memory_metrics=False reads for whole stages: set one of "
-            "them only"
+            "log_memory=True starts the counters again that skip_memory_metrics=False reads for whole stages: set one "
+            "of them only"
         )
     if args.log_completions_hub_repo is not None and not args.log_completions:
         raise ValueError(
