@@ -84,8 +84,6 @@ def test_derived_values_are_trls(tmp_path, settings):
         ({"vllm_importance_sampling_mode": "token"}, "vllm_importance_sampling_mode must be one of"),
         ({"vllm_mode": "remote"}, "vllm_mode must be one of"),
         ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url must start with http"),
-        ({"vllm_group_port": 0}, r"vllm_group_port must be in \[1, 65535\]; it is 0"),
-        ({"vllm_server_timeout": -1.0}, "vllm_server_timeout must be at least 0"),
         ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
         (
             {"use_vllm": True, "vllm_tensor_parallel_size": 2},

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import socket
 import time
 
@@ -13,6 +14,8 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from grpo_fast import GRPOConfig, GRPOTrainer
 from grpo_fast.batch import Sampling
 from grpo_fast.generation import VLLMServer
+from grpo_fast.generation.vllm_server import _check_choices
+from grpo_fast.generation.vllm_transfer import _NCCL
 from tests.processes import launch_text
 from tests.test_trainer_vllm import GREEDY, MAX_LOGP_DIFFERENCE, PROMPTS, CompareEngines, greedy_by_transformers
 from tests.tiny_lm import make_model, make_tokenizer
@@ -114,6 +117,26 @@ def test_without_a_server_the_url_is_named_in_time():
     with pytest.raises(ConnectionError, match=f"no vLLM server is up at {url} after 1 s"):
         VLLMServer(model=make_model(), base_url=url, eos_token_ids=[EOS], timeout_s=1)
     assert time.monotonic() - start < 3
+
+
+CHOICE = {"finish_reason": "length", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -2.0]}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted", "message"),
+    [
+        ({}, 3, "cut a completion at 2 of 3 tokens: start it with --generation-config vllm"),
+        ({"finish_reason": "abort"}, 2, "ended a completion with 'abort'"),
+        ({"logprobs": {"token_logprobs": [-1.0, math.nan]}}, 2, "log-prob of token 1 of a completion is nan"),
+        ({"logprobs": {"token_logprobs": [None, -2.0]}}, 2, "log-prob of token 0 of a completion is None"),
+    ],
+)
+def test_replies_that_are_not_what_was_asked_for_are_refused(changed, wanted, message):
+    _check_choices([CHOICE], 1, 2)
+    with pytest.raises(RuntimeError, match=message):
+        _check_choices([CHOICE | changed], 1, wanted)
+    with pytest.raises(RuntimeError, match="gave 1 completions of a prompt where 2 were asked for"):
+        _check_choices([CHOICE], 2, 2)
 
 
 def test_the_server_follows_every_step_of_a_run(tmp_path, url):
@@ -357,3 +380,21 @@ def test_a_server_with_nccl_and_raw_log_probs_is_refused_without_a_gpu(tmp_path,
         make_engine(url, sampling=Sampling(max_tokens=4, top_p=0.9))
     assert "runs with --logprobs-mode raw_logprobs" in caplog.text
     assert "over the tokens that its sampling leaves, so top_p may bias" in caplog.text
+
+
+@pytest.mark.slow
+def test_what_nccl_is_told_is_what_the_installed_vllm_takes():
+    import inspect
+
+    import vllm
+    from vllm.distributed.weight_transfer import nccl_common, nccl_engine, packed_tensor
+
+    transport = _NCCL(vllm.__version__)
+    info = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    init = nccl_engine.NCCLWeightTransferInitInfo(**info | transport.init_extra)
+    update = nccl_engine.NCCLWeightTransferUpdateInfo(names=[], dtype_names=[], shapes=[], **transport.update_extra)
+    assert getattr(init, "packed", False) or getattr(update, "packed", False)
+    inspect.signature(nccl_common.trainer_init).bind(info)
+    inspect.signature(packed_tensor.packed_nccl_broadcast_producer).bind(
+        iterator=None, group=None, src=0, post_iter_func=None
+    )

@@ -103,7 +103,7 @@ class _NCCL:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         packed_nccl_broadcast_producer(
-            iterator=weights, group=self._group, src=0, post_iter_func=lambda named: named[1]
+            iterator=weights, group=self._group, src=0, post_iter_func=lambda named: named[1].cuda()
         )
 
     def close(self) -> None:
