@@ -122,8 +122,6 @@ def check_supported(args: Any) -> None:
         raise ValueError(
             "vllm_mode='server' is not supported: the engine runs in the trainer's process; use 'colocate'"
         )
-    if args.use_vllm and args.vllm_enable_sleep_mode:
-        raise ValueError("vllm_enable_sleep_mode=True is not supported: the engine keeps its memory; set it to False")
     if args.use_vllm and args.vllm_tensor_parallel_size != 1:
         raise ValueError(
             f"vllm_tensor_parallel_size must be 1: every process has an engine of its own; it is "

@@ -1,11 +1,9 @@
 import gc
-import math
 import os
 import random
 import subprocess
 import sys
 import textwrap
-import types
 
 import numpy as np
 import psutil
@@ -16,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_fast.batch import Sampling
 from grpo_fast.generation.transformers_engine import TransformersEngine
-from grpo_fast.generation.vllm_engine import VLLMEngine, _completions, _vllm_prompt
+from grpo_fast.generation.vllm_engine import VLLMEngine, _vllm_prompt
 from grpo_fast.generation.vllm_weights import load_every_parameter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
@@ -275,16 +273,11 @@ def test_engine_s_own_sampling_decides_until_it_is_changed(pair):
     engine.sampling = own
 
 
-def test_missing_logps_are_none_or_nan(pair):
+def test_logps_that_were_not_asked_for_are_none(pair):
     _, engine = pair
     drawn = engine.generate(prompts(2), Sampling(max_tokens=3, extra={"logprobs": None}))
     assert drawn.logps is None
     assert all(drawn.ids)
-    completion = types.SimpleNamespace(
-        index=0, token_ids=[5, 6], logprobs=types.SimpleNamespace(logprobs=[math.nan, -9.0, None], start_indices=[0, 2])
-    )
-    logps = _completions([types.SimpleNamespace(outputs=[completion])], [1]).logps
-    assert [math.isnan(logp) for logp in logps[0]] == [True, True]
 
 
 def test_no_prompts_give_no_completions(pair):
@@ -345,7 +338,7 @@ def test_closing_frees_the_process_group_and_another_engine_can_start():
     script = """
         import torch
         from grpo_fast.batch import Sampling
-        from grpo_fast.generation.vllm_engine import VLLMEngine, _completions, _vllm_prompt
+        from grpo_fast.generation.vllm_engine import VLLMEngine, _vllm_prompt
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.set_num_threads(2)

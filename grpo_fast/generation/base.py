@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import nn
@@ -43,6 +44,10 @@ class Engine(Protocol):
 
     def set_temperature(self, temperature: float) -> None:
         """Draw at this temperature where a call does not say otherwise; 0 is greedy."""
+        ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Hold the memory that generating needs for the block, through several calls of `generate`."""
         ...
 
     def close(self) -> None:

@@ -155,6 +155,10 @@ class TransformersEngine:
         self.generation_config.do_sample = temperature > 0
         self.generation_config.temperature = temperature or None
 
+    def awake(self) -> AbstractContextManager[None]:
+        """See `Engine.awake`; each call of `generate` allocates its own cache."""
+        return nullcontext()
+
     def close(self) -> None:
         """Nothing is held besides the trainer's model."""
 

@@ -6,7 +6,6 @@ the trainer's parameters.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import itertools
 import logging
@@ -17,7 +16,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,16 @@ from torch import nn
 
 from grpo_fast.batch import Completions, Sampling
 from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
+from grpo_fast.generation.vllm_faults import (
+    EngineError,
+    check_logps,
+    check_request,
+    explained_start,
+    explained_wake,
+)
+from grpo_fast.generation.vllm_lifetime import RunningLLM
 from grpo_fast.generation.vllm_sampler import report_policy_logps
+from grpo_fast.generation.vllm_sleep import KVCacheMemory, sleep_arguments
 from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit, register_loader, write_config
 
 logger = logging.getLogger(__name__)
@@ -37,6 +45,8 @@ MAX_BATCHED_TOKENS = 4096
 # A prompt's completions share its full blocks, so small blocks share more of a short prompt; 32 is the least that
 # vLLM's CPU attention takes.
 CPU_BLOCK_SIZE = 32
+# vLLM's own
+GPU_BLOCK_SIZE = 16
 # bytes; with less than all sequences need, vLLM runs them in turns
 CPU_MAX_KV_BYTES = 2**29
 # options that vLLM resolves with a tokenizer
@@ -57,7 +67,10 @@ def require_vllm() -> None:
 
 
 class VLLMEngine:
-    """vLLM's offline engine, one per process, holding its own copy of the weights."""
+    """vLLM's offline engine, holding its own copy of the weights.
+
+    It ends with `close`, when it is collected, or with the process. After an `EngineError` it is closed.
+    """
 
     name = "vllm"
 
@@ -77,6 +90,7 @@ class VLLMEngine:
         sampling: Sampling | None = None,
         structured_outputs_regex: str | None = None,
         trust_remote_code: bool = False,
+        enable_sleep_mode: bool = False,
         vllm_engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Start an engine with the weights that `model` has now.
@@ -101,12 +115,17 @@ class VLLMEngine:
             sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
+            enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`.
             vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
 
         Raises:
             ImportError: vLLM is not installed.
             ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
+            EngineError: there is not enough memory; the message says which setting to change.
         """
+        self._llm: Any = None
+        self._kv_cache: KVCacheMemory | None = None
+        self._fault: str | None = None
         _check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
         self.sampling = sampling
         self._eos_token_ids = eos_token_ids
@@ -115,7 +134,6 @@ class VLLMEngine:
         own_grammar = sampling is not None and "structured_outputs" in (sampling.extra or {})
         if structured_outputs_regex is not None and own_grammar:
             logger.warning("vllm_structured_outputs_regex wins over generation_kwargs['structured_outputs']")
-        self._owns_process_group = not torch.distributed.is_initialized()
         self._model = weakref.ref(model)
         arguments: dict[str, Any] = {
             "dtype": dtype,
@@ -132,19 +150,30 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",
             "trust_remote_code": trust_remote_code,
         }
+        if enable_sleep_mode:
+            arguments |= sleep_arguments(vllm_engine_kwargs or {})
         with _quiet_start(), tempfile.TemporaryDirectory(prefix="grpo_fast_") as folder:
             write_config(model, folder)
             if self._has_tokenizer:
                 processing_class.save_pretrained(folder)
-            self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
-        self._llm.collective_rpc(report_policy_logps)
+            self._running = self._start(folder, arguments, vllm_engine_kwargs or {})
+        self._llm = self._running.llm
+        # the process's exit is the LLM's own business
+        weakref.finalize(self, self._running.stop).atexit = False
+        try:
+            self._llm.collective_rpc(report_policy_logps)
+            if enable_sleep_mode:
+                self._kv_cache = KVCacheMemory(self._llm)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def llm(self) -> Any:
         """The `vllm.LLM`; None once the engine is closed."""
         return self._llm
 
-    def _start(self, folder: str, arguments: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    def _start(self, folder: str, arguments: dict[str, Any], overrides: dict[str, Any]) -> RunningLLM:
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -156,7 +185,20 @@ class VLLMEngine:
             # each process of the launcher runs its own engine, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
         load_format = register_loader(self._model, on_cpu=on_cpu)
-        return LLM(folder, load_format=load_format, **(arguments | overrides))
+        self._arguments = arguments | overrides
+        try:
+            return RunningLLM(lambda: LLM(folder, load_format=load_format, **self._arguments), load_format)
+        except Exception as error:
+            model, dtype = self._live_model(), arguments["dtype"]
+            reason = explained_start(
+                error,
+                self._arguments,
+                sequence_bytes=_sequence_bytes(base_model(model).config, self._arguments | {"dtype": dtype}),
+                weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
+            )
+            if not reason:
+                raise
+            raise EngineError(f"vLLM did not start: {reason}") from error
 
     def generate(
         self,
@@ -168,10 +210,15 @@ class VLLMEngine:
     ) -> Completions:
         """See `Engine.generate`; vLLM reads `images` and processes them itself.
 
-        The log-probs are the policy's, of the whole vocabulary at the sampling temperature, NaN where vLLM has none.
+        The log-probs are the policy's, of the whole vocabulary at the sampling temperature.
         With a seed, a completion depends on the seed, its prompt's place in the list and its own place in the group,
         not on what else is in the batch. Without, it draws from the process's random state.
+
+        Raises:
+            EngineError: vLLM failed, did not finish a completion, or reported a log-prob that is NaN; the engine is
+                closed.
         """
+        self._check_open()
         check_prompts(prompt_ids, context=self._llm.llm_engine.model_config.max_model_len)
         if not prompt_ids:
             return Completions(ids=[], logps=[])
@@ -183,12 +230,51 @@ class VLLMEngine:
         requests = [self._sampling_params(sampling, i, size) for i, (_, size) in enumerate(groups)]
         # vLLM draws from the process's state even when every request has a seed
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices, enabled=requests[0].seed is not None):
+        is_seeded = requests[0].seed is not None
+        with self.awake(), self._failing_once(), torch.random.fork_rng(devices=devices, enabled=is_seeded):
             outputs = self._llm.generate([_vllm_prompt(*row) for row, _ in groups], requests, use_tqdm=False)
-        return _completions(outputs, [size for _, size in groups])
+            return _completions(outputs, [size for _, size in groups])
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """See `Engine.awake`.
+
+        Raises:
+            EngineError: the KV cache's memory could not be taken back; the engine is closed.
+        """
+        self._check_open()
+        with ExitStack() as stack:
+            if self._kv_cache is not None:
+                try:
+                    stack.enter_context(self._kv_cache.held())
+                except RuntimeError as error:
+                    raise self._failed(explained_wake(self._arguments)) from error
+            yield
+
+    @contextmanager
+    def _failing_once(self) -> Iterator[None]:
+        """Close the engine if the block fails, unless vLLM has refused the requests before it ran any."""
+        try:
+            yield
+        except EngineError as error:
+            self._failed(str(error))
+            raise
+        except BaseException as error:
+            if not self._llm.llm_engine.has_unfinished_requests():
+                raise
+            fault = self._failed(f"{type(error).__name__} while vLLM generated: {error}")
+            if not isinstance(error, Exception):
+                raise
+            raise fault from error
+
+    def _failed(self, reason: str) -> EngineError:
+        self._fault = reason
+        self.close()
+        return EngineError(reason)
 
     def update_weights(self, model: nn.Module) -> None:
         """Copy `model`'s parameters into the engine and forget the cached prefixes of the old ones."""
+        self._check_open()
         self._model = weakref.ref(model)
         self._load()
 
@@ -199,18 +285,14 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Stop the engine and free its memory; a second call does nothing."""
-        if self._llm is None:
-            return
-        from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-        self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
-        destroy_model_parallel()
-        if self._owns_process_group:
-            destroy_distributed_environment()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._kv_cache is not None:
+            self._kv_cache.leave()
+        self._running.stop()
+
+    def _check_open(self) -> None:
+        if self._llm is None:
+            raise EngineError(f"the vLLM engine is closed: {self._fault or '`close` was called'}")
 
     def _load(self) -> None:
         self._llm.apply_model(lambda target: target.load_weights(named_weights(self._live_model())))
@@ -263,21 +345,27 @@ def _vllm_prompt(prompt: list[int], images: list[Any] | None) -> dict[str, Any]:
 
 
 def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
-    """The completions of requests for `sizes` completions each, in their order."""
+    """The completions of requests for `sizes` completions each, in their order.
+
+    Raises:
+        EngineError: one has failed, or a log-prob is NaN or missing.
+    """
     ids: list[list[int]] = []
     logps: list[list[float]] = []
     is_scored = True
     for output, size in zip(outputs, sizes, strict=True):
-        drawn = sorted(output.outputs, key=lambda completion: completion.index)
         # greedy completions of a prompt are one request
+        check_request(output, {1, size}, prompt=len(ids))
+        drawn = sorted(output.outputs, key=lambda completion: completion.index)
+        prompt = len(ids)
         for completion in drawn if len(drawn) == size else drawn * size:
             ids.append(list(completion.token_ids))
             flat = completion.logprobs
             if flat is None:
                 is_scored = False
                 continue
-            sampled = (flat.logprobs[start] for start in flat.start_indices)
-            logps.append([math.nan if logp is None else logp for logp in sampled])
+            logps.append([flat.logprobs[start] for start in flat.start_indices])
+            check_logps(logps[-1], prompt=prompt)
     return Completions(ids=ids, logps=logps if is_scored else None)
 
 
@@ -288,6 +376,11 @@ def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dic
     owned = {"model", "tokenizer", "skip_tokenizer_init", "load_format", "quantization"} & set(overrides)
     if owned:
         raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
+    if "enable_sleep_mode" in overrides:
+        raise ValueError(
+            "vllm_engine_kwargs must not hold 'enable_sleep_mode': vLLM's own sleep takes the weights away; set "
+            "vllm_enable_sleep_mode"
+        )
     refuse_8bit(model)
 
 
@@ -300,16 +393,22 @@ def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Eager execution (compiling takes a minute) and a KV cache no larger than the completions need."""
     chosen: dict[str, Any] = {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
     if arguments["kv_cache_memory_bytes"] is None:
-        text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
-        length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
-        # vLLM keeps one block for itself
-        sequence_bytes = token_bytes * CPU_BLOCK_SIZE * (math.ceil(length / CPU_BLOCK_SIZE) + 1)
+        sequence_bytes = _sequence_bytes(config, arguments | {"block_size": CPU_BLOCK_SIZE})
         wanted = sequence_bytes * arguments["max_num_seqs"]
         chosen["kv_cache_memory_bytes"] = max(min(wanted, CPU_MAX_KV_BYTES), sequence_bytes)
     return chosen
+
+
+def _sequence_bytes(config: Any, arguments: dict[str, Any]) -> int:
+    """The KV cache that one completion of the full length needs."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
+    length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
+    block_size = arguments.get("block_size") or GPU_BLOCK_SIZE
+    # vLLM keeps one block for itself
+    return int(token_bytes * block_size * (math.ceil(length / block_size) + 1))
 
 
 @contextmanager
