@@ -334,8 +334,9 @@ def test_images_are_given_as_vllm_takes_them():
     assert _vllm_prompt([1], ["a", "b"])["multi_modal_data"] == {"image": ["a", "b"]}
 
 
-def test_closing_frees_the_process_group_and_another_engine_can_start():
+def test_the_end_frees_the_process_group_and_another_engine_can_start():
     script = """
+        import atexit
         import torch
         from grpo_fast.batch import Sampling
         from grpo_fast.generation.vllm_engine import VLLMEngine, _vllm_prompt
@@ -356,9 +357,15 @@ def test_closing_frees_the_process_group_and_another_engine_can_start():
             assert not torch.distributed.is_initialized()
         torch.set_num_threads(1)
         assert torch.get_num_threads() == 1
+        # handlers run in the reverse order: this one after the engine's own
+        atexit.register(lambda: print("at exit:", torch.distributed.is_initialized()))
+        engine = VLLMEngine(
+            model=model, processing_class=None, dtype=torch.bfloat16, max_num_seqs=2, eos_token_ids=[2]
+        )
     """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert "at exit: False" in result.stdout

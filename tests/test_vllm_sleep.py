@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 
 from grpo_fast.batch import Sampling
-from tests.vllm_engines import GREEDY, PROMPTS, rss, start, tiny
+from tests.vllm_engines import GREEDY, PROMPTS, make_trainer, rss, start, tiny, variety
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
 
@@ -104,3 +104,35 @@ def test_the_gpu_worker_keeps_weights_out_of_the_pool_that_sleep_takes():
         Worker._maybe_get_memory_pool_context = theirs
     # vLLM's check that the pool has one user runs on weights
     assert pools == ["weights", "kv_cache"]
+
+
+def test_a_rollout_takes_the_cache_once_and_training_runs_without_it(tmp_path):
+    sleeps, held = [], {"rollout": [], "reward": []}
+
+    def reward(completions, **kwargs):
+        held["reward"].append(kv_bytes(trainer.engine))
+        return variety(completions)
+
+    def rollout(prompts, trainer):
+        """A script's own turns: through vLLM itself and through TRL's name for the engine."""
+        ids = trainer.processing_class(prompts)["input_ids"]
+        trainer.vllm_generation.llm.generate([{"prompt_token_ids": row} for row in ids], use_tqdm=False)
+        held["rollout"].append(kv_bytes(trainer.engine))
+        prompt_ids, completion_ids, logps, _ = trainer.vllm_generation.generate(ids)
+        held["rollout"].append(kv_bytes(trainer.engine))
+        logprobs = [[token[0] for token in row] for row in logps]
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    settings = {"vllm_enable_sleep_mode": True, "save_strategy": "no", "max_steps": 2}
+    trainer = make_trainer(tmp_path, reward=reward, rollout_func=rollout, **settings)
+    assert kv_bytes(trainer.engine) == 0
+    sleep = trainer.engine.llm.sleep
+    trainer.engine.llm.sleep = lambda level: sleeps.append(level) or sleep(level)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset.select(range(2)))
+    # two training batches, and an evaluation of two prompts with four completions each
+    assert len(held["rollout"]) == 6
+    assert all(held["rollout"])
+    assert held["reward"] == [0] * 3
+    assert len(sleeps) == 3
+    trainer.engine.close()

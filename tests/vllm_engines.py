@@ -28,7 +28,11 @@ def start(model, **kwargs):
     return VLLMEngine(model=model, **settings | kwargs)
 
 
-def make_trainer(folder, *, callbacks=None, rollout_func=None, **kwargs):
+def variety(completions, **kwargs):
+    return [len(set(text)) / 8 for text in completions]
+
+
+def make_trainer(folder, *, reward=variety, rollout_func=None, **kwargs):
     settings = {
         "use_cpu": True,
         "bf16": False,
@@ -45,10 +49,9 @@ def make_trainer(folder, *, callbacks=None, rollout_func=None, **kwargs):
     }
     return GRPOTrainer(
         model=tiny(seed=3),
-        reward_funcs=lambda completions, **_: [len(set(text)) / 8 for text in completions],
+        reward_funcs=reward,
         args=GRPOConfig(str(folder), **settings | kwargs),
         train_dataset=Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(10)]),
         processing_class=make_tokenizer(),
-        callbacks=callbacks,
         rollout_func=rollout_func,
     )
