@@ -128,9 +128,6 @@ EFFECTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 
 def check_supported(args: Any) -> None:
     """Refuse what the trainer cannot do (ValueError)."""
-    is_colocated = args.use_vllm and args.vllm_mode == "colocate"
-    if is_colocated and args.vllm_enable_sleep_mode:
-        raise ValueError("vllm_enable_sleep_mode=True is not supported: the engine keeps its memory; set it to False")
     if args.max_completion_length is None:
         raise ValueError("max_completion_length must be a number of tokens; it is None")
     if args.auto_find_batch_size:

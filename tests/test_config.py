@@ -84,7 +84,6 @@ def test_derived_values_are_trls(tmp_path, settings):
         ({"vllm_importance_sampling_mode": "token"}, "vllm_importance_sampling_mode must be one of"),
         ({"vllm_mode": "remote"}, "vllm_mode must be one of"),
         ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url must start with http"),
-        ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
         (
             {"use_vllm": True, "vllm_tensor_parallel_size": 2},
             r"vllm_tensor_parallel_size must divide the number of processes \(1\); it is 2",

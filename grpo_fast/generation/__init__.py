@@ -5,11 +5,13 @@ from grpo_fast.generation.factory import make_engine
 from grpo_fast.generation.transformers_engine import TransformersEngine
 from grpo_fast.generation.unwrap import unwrap_model_for_generation
 from grpo_fast.generation.vllm_engine import VLLMEngine, require_vllm
+from grpo_fast.generation.vllm_faults import EngineError
 from grpo_fast.generation.vllm_generation import VLLMGeneration
 from grpo_fast.generation.vllm_server import VLLMServer
 
 __all__ = [
     "Engine",
+    "EngineError",
     "TransformersEngine",
     "VLLMEngine",
     "VLLMGeneration",

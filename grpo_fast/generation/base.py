@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -68,6 +69,10 @@ class Engine(Protocol):
     def set_temperature(self, temperature: float) -> None:
         """Draw at this temperature where a call does not say otherwise; 0 is greedy."""
         ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Hold the memory that generating needs for the block, through several calls of `generate`."""
+        return nullcontext()
 
     def close(self) -> None:
         """Free what the engine holds; a second call does nothing."""

@@ -123,6 +123,7 @@ def _vllm_engine(
         sampling=sampling,
         structured_outputs_regex=args.vllm_structured_outputs_regex,
         trust_remote_code=args.trust_remote_code,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
         vllm_engine_kwargs={"model_impl": args.vllm_model_impl} | as_dict(args.vllm_engine_kwargs),
         shows_progress=not args.disable_tqdm and args.process_index == 0,
     )

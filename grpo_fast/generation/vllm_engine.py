@@ -6,7 +6,6 @@ the trainer's parameters, which then become views into the engine's tensors (`sh
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import itertools
 import logging
@@ -17,7 +16,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -36,18 +35,25 @@ from grpo_fast.generation.base import (
     report_groups,
 )
 from grpo_fast.generation.shared_weights import SharedWeights
+from grpo_fast.generation.vllm_faults import (
+    EngineError,
+    check_logps,
+    check_request,
+    explained_start,
+    explained_wake,
+)
+from grpo_fast.generation.vllm_lifetime import RunningLLM
 from grpo_fast.generation.vllm_loader import register_loader
 from grpo_fast.generation.vllm_processes import (
     any_in,
     check_tensor_parallel,
     gather_batch,
-    leave_process_group,
     rank_variables,
-    shut_down,
     tensor_parallel_group,
 )
 from grpo_fast.generation.vllm_requests import request_seed, request_settings, runs_of_rows
 from grpo_fast.generation.vllm_sampler import report_policy_logps
+from grpo_fast.generation.vllm_sleep import KVCacheMemory, sleep_arguments
 from grpo_fast.generation.vllm_steps import drawn, run_requests
 from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
 from grpo_fast.generation.weight_map import WeightMap
@@ -61,6 +67,8 @@ MAX_BATCHED_TOKENS = 4096
 CPU_BLOCK_SIZE = 32
 # rows of each weight that `check_weights` compares; all rows are seen in time
 CHECKED_ROWS = 1
+# vLLM's own
+GPU_BLOCK_SIZE = 16
 # bytes; with less than all sequences need, vLLM runs them in turns
 CPU_MAX_KV_BYTES = 2**29
 # options that vLLM resolves with a tokenizer
@@ -81,7 +89,10 @@ def require_vllm() -> None:
 
 
 class VLLMEngine(Engine):
-    """vLLM's offline engine, one per process or one over several (tensor parallel)."""
+    """vLLM's offline engine, one per process or one over several (tensor parallel).
+
+    It ends with `close`, when it is collected, or with the process. After an `EngineError` it is closed.
+    """
 
     name = "vllm"
 
@@ -101,6 +112,7 @@ class VLLMEngine(Engine):
         sampling: Sampling | None = None,
         structured_outputs_regex: str | None = None,
         trust_remote_code: bool = False,
+        enable_sleep_mode: bool = False,
         vllm_engine_kwargs: dict[str, Any] | None = None,
         shows_progress: bool = False,
     ) -> None:
@@ -127,6 +139,7 @@ class VLLMEngine(Engine):
             sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
+            enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`.
             vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
             shows_progress: Whether each generation has a progress bar.
 
@@ -134,7 +147,11 @@ class VLLMEngine(Engine):
             ImportError: vLLM is not installed.
             ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
             RuntimeError: vLLM does not hold the weights it was given.
+            EngineError: there is not enough memory; the message says which setting to change.
         """
+        self._llm: Any = None
+        self._kv_cache: KVCacheMemory | None = None
+        self._fault: str | None = None
         _check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
         self.sampling = sampling
         self._eos_token_ids = eos_token_ids
@@ -144,7 +161,6 @@ class VLLMEngine(Engine):
         own_grammar = sampling is not None and "structured_outputs" in (sampling.extra or {})
         if structured_outputs_regex is not None and own_grammar:
             logger.warning("vllm_structured_outputs_regex wins over generation_kwargs['structured_outputs']")
-        self._owns_process_group = not torch.distributed.is_initialized()
         self._model = weakref.ref(model)
         arguments: dict[str, Any] = {
             "dtype": dtype,
@@ -162,24 +178,35 @@ class VLLMEngine(Engine):
             "logprobs_mode": "processed_logprobs",
             "trust_remote_code": trust_remote_code,
         }
+        if enable_sleep_mode:
+            arguments |= sleep_arguments(vllm_engine_kwargs or {})
         with _quiet_start(), tempfile.TemporaryDirectory(prefix="grpo_fast_") as folder:
             write_config(model, folder)
             if self._has_tokenizer:
                 processing_class.save_pretrained(folder)
-            self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
-        # processes of one engine talk over it about what to generate
-        self._group = tensor_parallel_group() if tensor_parallel_size > 1 else None
-        self.weights = self._share(model)
+            self._running = self._start(folder, arguments, vllm_engine_kwargs or {})
+        self._llm = self._running.llm
+        # the process's exit is the LLM's own business
+        weakref.finalize(self, self._running.stop).atexit = False
         # of its own, so that checks leave the process's random state alone
         self._checked = torch.Generator().manual_seed(seed)
-        self._llm.collective_rpc(report_policy_logps)
+        try:
+            # processes of one engine talk over it about what to generate
+            self._group = tensor_parallel_group() if tensor_parallel_size > 1 else None
+            self.weights = self._share(model)
+            self._llm.collective_rpc(report_policy_logps)
+            if enable_sleep_mode:
+                self._kv_cache = KVCacheMemory(self._llm)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def llm(self) -> Any:
         """The `vllm.LLM`; None once the engine is closed."""
         return self._llm
 
-    def _start(self, folder: str, arguments: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    def _start(self, folder: str, arguments: dict[str, Any], overrides: dict[str, Any]) -> RunningLLM:
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -192,11 +219,22 @@ class VLLMEngine(Engine):
             arguments["distributed_executor_backend"] = "external_launcher"
         maps: list[WeightMap] = []
         load_format = register_loader(self._model, on_cpu=on_cpu, adapters=True, loaded=maps.append)
-        llm = LLM(folder, load_format=load_format, **(arguments | overrides))
+        self._arguments = arguments | overrides
+        try:
+            running = RunningLLM(lambda: LLM(folder, load_format=load_format, **self._arguments), load_format)
+        except Exception as error:
+            model, dtype = self._live_model(), arguments["dtype"]
+            reason = explained_start(
+                error,
+                self._arguments,
+                sequence_bytes=_sequence_bytes(base_model(model).config, self._arguments | {"dtype": dtype}),
+                weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
+            )
+            if not reason:
+                raise
+            raise EngineError(f"vLLM did not start: {reason}") from error
         (self._weight_map,) = maps
-        if not self._owns_process_group:
-            leave_process_group(llm)
-        return llm
+        return running
 
     def _share(self, model: nn.Module) -> SharedWeights:
         (target,) = self._llm.apply_model(lambda target: target)
@@ -219,11 +257,16 @@ class VLLMEngine(Engine):
     ) -> Completions:
         """See `Engine.generate`; vLLM reads `images` and processes them itself, and calls `on_group` between two steps.
 
-        The log-probs are the policy's, of the whole vocabulary at the sampling temperature, NaN where vLLM has none.
+        The log-probs are the policy's, of the whole vocabulary at the sampling temperature.
         With a seed, a completion depends on the seed, its prompt's place in the list and its own place in the group,
         not on what else is in the batch. Without, it draws from the process's random state. The processes of a tensor
         parallel engine call this together, each with its own prompts or none, and their lists follow each other.
+
+        Raises:
+            EngineError: vLLM failed, did not finish a completion, or reported a log-prob that is NaN; the engine is
+                closed.
         """
+        self._check_open()
         sampling = self.sampling if sampling is None else sampling
         if sampling is None:
             raise ValueError("sampling must be given: the engine was made without settings of its own")
@@ -254,7 +297,8 @@ class VLLMEngine(Engine):
         requests = [self._sampling_params(sampling, i, size) for i, size in enumerate(sizes)]
         # vLLM draws from the process's state even when every request has a seed
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices, enabled=requests[0].seed is not None):
+        is_seeded = requests[0].seed is not None
+        with self.awake(), self._failing_once(), torch.random.fork_rng(devices=devices, enabled=is_seeded):
             outputs = run_requests(
                 self._llm,
                 [_vllm_prompt(*row) for row, _ in groups],
@@ -262,10 +306,41 @@ class VLLMEngine(Engine):
                 on_finished=None if on_group is None else _group_listener(sizes, on_group),
                 shows_progress=self._shows_progress,
             )
-        return _completions(outputs, sizes)
+            return _completions(outputs, sizes)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """See `Engine.awake`.
+
+        Raises:
+            EngineError: the KV cache's memory could not be taken back; the engine is closed.
+        """
+        self._check_open()
+        with ExitStack() as stack:
+            if self._kv_cache is not None:
+                try:
+                    stack.enter_context(self._kv_cache.held())
+                except RuntimeError as error:
+                    raise self._failed(explained_wake(self._arguments)) from error
+            yield
+
+    @contextmanager
+    def _failing_once(self) -> Iterator[None]:
+        """Close the engine if the block finds that it has failed."""
+        try:
+            yield
+        except EngineError as error:
+            self._failed(str(error))
+            raise
+
+    def _failed(self, reason: str) -> EngineError:
+        self._fault = reason
+        self.close()
+        return EngineError(reason)
 
     def update_weights(self, model: nn.Module) -> None:
         """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights."""
+        self._check_open()
         self._model = weakref.ref(model)
         self.weights.update(model)
         self._llm.reset_prefix_cache()
@@ -301,13 +376,14 @@ class VLLMEngine(Engine):
 
         A process group that was there before the engine stays, and must not end before it.
         """
-        if self._llm is None:
-            return
-        shut_down(self._llm, owns_process_group=self._owns_process_group)
         self._llm = self._group = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._kv_cache is not None:
+            self._kv_cache.leave()
+        self._running.stop()
+
+    def _check_open(self) -> None:
+        if self._llm is None:
+            raise EngineError(f"the vLLM engine is closed: {self._fault or '`close` was called'}")
 
     def _live_model(self) -> nn.Module:
         model = self._model()
@@ -355,19 +431,25 @@ def _group_listener(sizes: list[int], on_group: GroupCallback) -> Callable[[int,
 
 
 def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
-    """The completions of requests for `sizes` completions each, in their order."""
+    """The completions of requests for `sizes` completions each, in their order.
+
+    Raises:
+        EngineError: one has failed, or a log-prob is NaN or missing.
+    """
     ids: list[list[int]] = []
     logps: list[list[float]] = []
     is_scored = True
     for output, size in zip(outputs, sizes, strict=True):
+        prompt = len(ids)
+        check_request(output, {1, size}, prompt=prompt)
         for completion in drawn(output, size):
             ids.append(list(completion.token_ids))
             flat = completion.logprobs
             if flat is None:
                 is_scored = False
                 continue
-            sampled = (flat.logprobs[start] for start in flat.start_indices)
-            logps.append([math.nan if logp is None else logp for logp in sampled])
+            logps.append([flat.logprobs[start] for start in flat.start_indices])
+            check_logps(logps[-1], prompt=prompt)
     return Completions(ids=ids, logps=logps if is_scored else None)
 
 
@@ -383,6 +465,11 @@ def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dic
             f"vllm_engine_kwargs must not hold {sorted(spread & set(overrides))}: an engine spans processes by "
             "vllm_tensor_parallel_size alone"
         )
+    if "enable_sleep_mode" in overrides:
+        raise ValueError(
+            "vllm_engine_kwargs must not hold 'enable_sleep_mode': vLLM's own sleep takes the weights away; set "
+            "vllm_enable_sleep_mode"
+        )
     refuse_8bit(model)
 
 
@@ -390,17 +477,22 @@ def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Eager execution (compiling takes a minute) and a KV cache no larger than the completions need."""
     chosen: dict[str, Any] = {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
     if arguments["kv_cache_memory_bytes"] is None:
-        text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        heads = math.ceil(heads / arguments["tensor_parallel_size"])
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
-        length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
-        # vLLM keeps one block for itself
-        sequence_bytes = token_bytes * CPU_BLOCK_SIZE * (math.ceil(length / CPU_BLOCK_SIZE) + 1)
+        sequence_bytes = _sequence_bytes(config, arguments | {"block_size": CPU_BLOCK_SIZE})
         wanted = sequence_bytes * arguments["max_num_seqs"]
         chosen["kv_cache_memory_bytes"] = max(min(wanted, CPU_MAX_KV_BYTES), sequence_bytes)
     return chosen
+
+
+def _sequence_bytes(config: Any, arguments: dict[str, Any]) -> int:
+    """The KV cache that one completion of the full length needs."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
+    length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
+    block_size = arguments.get("block_size") or GPU_BLOCK_SIZE
+    # vLLM keeps one block for itself
+    return int(token_bytes * block_size * (math.ceil(length / block_size) + 1))
 
 
 @contextmanager

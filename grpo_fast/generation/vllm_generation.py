@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -84,12 +83,12 @@ class VLLMGeneration:
             profiler: Entered around the generation.
 
         Returns:
-            Prompt ids, completion ids, and of each token a list with the one log-prob of the sampled token (None if
-            vLLM gave NaN) and a list with its id.
+            Prompt ids, completion ids, and of each token a list with the one log-prob of the sampled token and a list
+            with its id.
         """
         with profiler or nullcontext():
             drawn = self.engine.generate(prompts, images=images)
         if drawn.logps is None:
             return prompts, drawn.ids, None, None
-        logps = [[[None if math.isnan(logp) else logp] for logp in row] for row in drawn.logps]
+        logps: list[list[list[float | None]]] = [[[logp] for logp in row] for row in drawn.logps]
         return prompts, drawn.ids, logps, [[[token] for token in row] for row in drawn.ids]

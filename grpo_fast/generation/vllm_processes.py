@@ -7,7 +7,6 @@ with the same seeds, so nothing here may depend on one process alone.
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,32 +28,6 @@ def rank_variables() -> dict[str, str]:
     local_rank = torch.cuda.current_device() if torch.cuda.is_available() else rank
     wanted = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
     return {name: value for name, value in wanted.items() if name not in os.environ}
-
-
-def leave_process_group(llm: Any) -> None:
-    """Keep vLLM from ending the process group, which is the trainer's, when the engine is collected."""
-    finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
-    if finalizer is not None:
-        finalizer.detach()
-
-
-def shut_down(llm: Any, *, owns_process_group: bool) -> None:
-    """Stop an engine; the process group ends with it only if vLLM made it."""
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
-
-    client = llm.llm_engine.engine_core
-    if owns_process_group:
-        client.shutdown()
-    else:
-        # what `EngineCore.shutdown` does before it ends the process group
-        core = client.engine_core
-        core.structured_output_manager.clear_backend()
-        core.model_executor.shutdown()
-        core.scheduler.shutdown()
-        gc.unfreeze()
-    destroy_model_parallel()
-    if owns_process_group:
-        destroy_distributed_environment()
 
 
 def tensor_parallel_group() -> ProcessGroup:

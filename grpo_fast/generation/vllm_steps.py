@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_fast.generation.progress import GenerationBar
+from grpo_fast.generation.vllm_faults import EngineError
 
 
 def run_requests(
@@ -34,8 +35,9 @@ def run_requests(
         The `RequestOutput`s in the order of `prompts`.
 
     Raises:
-        Exception: What vLLM or `on_finished` raises, after the requests that were still running have been aborted: the
-            engine can be used again.
+        EngineError: A step failed: the engine cannot be used again.
+        Exception: What vLLM raises for a request that it refuses, or `on_finished`, after the requests that were still
+            running have been aborted: the engine can be used again.
     """
     engine = llm.llm_engine
     outputs: list[Any] = [None] * len(prompts)
@@ -47,7 +49,7 @@ def run_requests(
         states = list(engine.output_processor.request_states.values()) if shows_progress else []
         with GenerationBar(len(states), is_shown=shows_progress) as bar:
             while engine.has_unfinished_requests():
-                for output in engine.step():
+                for output in _step(engine):
                     place = places[output.request_id]
                     outputs[place] = output
                     if on_finished is not None:
@@ -55,10 +57,21 @@ def run_requests(
                 if bar.is_due:
                     num_tokens = sum(state.detokenizer.num_output_tokens() for state in states)
                     bar.show(len(states) - engine.get_num_unfinished_requests(), num_tokens)
+    except EngineError:
+        # it is not asked for anything again
+        raise
     except BaseException:
         # Ctrl-C, too: what is left in the engine would run with the next call
         _abort_all(engine)
         raise
+    return outputs
+
+
+def _step(engine: Any) -> list[Any]:
+    try:
+        outputs: list[Any] = engine.step()
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__} while vLLM generated: {error}") from error
     return outputs
 
 

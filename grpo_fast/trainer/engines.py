@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from grpo_fast.attention import native_attention
 from grpo_fast.generation import (
     Engine,
+    EngineError,
     VLLMEngine,
     VLLMGeneration,
     VLLMServer,
@@ -80,6 +84,18 @@ class EngineTrainer(BaseTrainer):
         """What transformers' generate runs under: the model's own attention, in the run's mixed precision."""
         with native_attention(self.model), self.accelerator.autocast():
             yield
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """A rollout: the engine holds the memory it needs for all of it, and a fault says where the run stood."""
+        try:
+            with self.engine.awake():
+                yield
+        except EngineError as error:
+            folder = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            way_on = f"resume_from_checkpoint={folder!r}" if folder else "no checkpoint has been saved"
+            step = f"in the rollout for step {self.state.global_step + 1}"
+            raise EngineError(f"{step}: {error}. To go on, make a new trainer; {way_on}") from error
 
     def sync_engine(self) -> None:
         """Bring the engine's weights up to date if the policy has changed since it last generated."""

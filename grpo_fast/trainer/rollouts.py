@@ -208,9 +208,10 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
                 multimodal.prepare_multimodal_messages(messages, images=images)
                 for messages, images in zip(_conversations(prompts), dataset_images, strict=True)
             ]
-        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = (
-            self._generate(prompts)
-        )
+        with self._generating():
+            prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = (
+                self._generate(prompts)
+            )
         images = dataset_images if images is None else images
         batch: dict[str, Any] = padded_batch(
             prompt_ids,

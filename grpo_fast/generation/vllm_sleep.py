@@ -1,0 +1,85 @@
+"""The KV cache's memory: there while completions are generated, free while the trainer uses the device.
+
+The weights stay where they are; vLLM's own sleep would move them away or discard them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def sleep_arguments(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for an engine that can release its KV cache.
+
+    Args:
+        overrides: The user's own arguments.
+
+    Raises:
+        ValueError: the device has no such engine, or an argument or the environment forbids it.
+    """
+    from vllm.platforms import current_platform
+
+    if "worker_cls" in overrides:
+        raise ValueError(
+            "vllm_enable_sleep_mode=True brings its own worker_cls: leave it out of vllm_engine_kwargs, it is "
+            f"{overrides['worker_cls']!r}"
+        )
+    package = __name__.rpartition(".")[0]
+    if current_platform.is_cpu():
+        return {"worker_cls": f"{package}.vllm_cpu_worker.KVReleasingCPUWorker"}
+    if not current_platform.is_cuda_alike():
+        raise ValueError(
+            f"vllm_enable_sleep_mode=True needs a GPU or a CPU, vLLM runs on {current_platform.device_type}"
+        )
+    # newer versions of vLLM read it and work around it
+    is_known = importlib.util.find_spec("vllm.device_allocator.alloc_conf") is not None
+    if not is_known and "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""):
+        raise ValueError(
+            "vllm_enable_sleep_mode=True does not go with PYTORCH_ALLOC_CONF=expandable_segments:True in this version "
+            "of vLLM: set it in PYTORCH_CUDA_ALLOC_CONF, which vLLM reads, or leave it out"
+        )
+    return {"enable_sleep_mode": True, "worker_cls": f"{package}.vllm_gpu_worker.ResidentWeightsWorker"}
+
+
+class KVCacheMemory:
+    """Held inside `held()`, which may be nested; free otherwise."""
+
+    def __init__(self, llm: Any) -> None:
+        """Release the KV cache of `llm`, which was started with `sleep_arguments`."""
+        self._llm: Any = llm
+        self._num_holders = 0
+        self._release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Take the memory for the block; its contents are gone, cached prefixes too."""
+        if not self._num_holders:
+            self._take()
+        self._num_holders += 1
+        try:
+            yield
+        finally:
+            self._num_holders -= 1
+            if not self._num_holders:
+                self._release()
+
+    def leave(self) -> None:
+        """The engine has stopped: there is nothing to take or release."""
+        self._llm = None
+
+    def _take(self) -> None:
+        if torch.cuda.is_available():
+            # what torch's allocator keeps for itself after training
+            torch.cuda.empty_cache()
+        self._llm.wake_up()
+
+    def _release(self) -> None:
+        if self._llm is not None:
+            # level 1 would move weights in vLLM's pool to the host: none are there
+            self._llm.sleep(level=1)
