@@ -171,7 +171,8 @@ def test_a_run_that_breaks_off_resumes_from_its_last_checkpoint(tmp_path):
     whole.engine.close()
 
     # memory that comes and goes changes nothing
-    broken = make_trainer(tmp_path / "broken", vllm_enable_sleep_mode=True)
+    # without checks every call of `generate` is a rollout
+    broken = make_trainer(tmp_path / "broken", vllm_enable_sleep_mode=True, vllm_check_interval=0)
     # each rollout takes at most 8 forwards: in the middle of the third
     hooks = []
     generate = broken.engine.generate

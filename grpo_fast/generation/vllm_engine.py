@@ -332,6 +332,13 @@ class VLLMEngine(Engine):
         except EngineError as error:
             self._failed(str(error))
             raise
+        except Exception:
+            # refused before vLLM ran any of it, or `on_group` failed between two steps
+            raise
+        except BaseException as error:
+            # maybe in the middle of a step
+            self._failed(f"{type(error).__name__} while vLLM generated")
+            raise
 
     def _failed(self, reason: str) -> EngineError:
         self._fault = reason

@@ -60,8 +60,8 @@ def run_requests(
     except EngineError:
         # it is not asked for anything again
         raise
-    except BaseException:
-        # Ctrl-C, too: what is left in the engine would run with the next call
+    except Exception:
+        # what is left in the engine would run with the next call
         _abort_all(engine)
         raise
     return outputs
