@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.generation.vllm_weights import named_weights
+from grpo_fast.generation.vllm_weights import merged_parameters, named_weights
 from grpo_fast.generation.weight_map import Piece, WeightMap, engine_tensors, storage_of, whole_view
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class SharedWeights:
         *,
         reload: Callable[[Any], None],
         adapters: bool = True,
+        why_computed: str = "computed for the engine",
     ) -> None:
         """Know what is where.
 
@@ -68,8 +69,10 @@ class SharedWeights:
             weight_map: Recorded when it loaded the policy's weights.
             reload: Sends named weights through vLLM's own loader and what it does after loading.
             adapters: Whether LoRA adapters are added into the weights; see `named_weights`.
+            why_computed: Said of weights that are no parameter as it is.
         """
         self._target, self._reload, self._adapters = target, reload, adapters
+        self._why_computed = why_computed
         self._links = {name: Link(pieces=pieces) for name, pieces in weight_map.pieces.items() if pieces}
         self.transformed = sorted(weight_map.opaque | self._moved())
         self.copied_bytes = 0
@@ -84,7 +87,7 @@ class SharedWeights:
         Raises:
             RuntimeError: A weight in the engine is not the policy's; names it.
         """
-        parameters = _by_address(model)
+        parameters, merged = _by_address(model), merged_parameters(model)
         for name, weight in named_weights(model, adapters=self._adapters):
             link = self._links.get(name)
             if link is None:
@@ -99,8 +102,8 @@ class SharedWeights:
                 assert parameter is not None
                 parameter.data = link.view
                 link.is_shared = True
-            elif parameter is not None and not parameter.requires_grad:
-                link.written = parameter._version
+            else:
+                link.written = _frozen_version(parameter, merged)
         self._announce(model)
 
     def shadows(self, model: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -134,25 +137,31 @@ class SharedWeights:
             self._reload(named_weights(model, adapters=self._adapters))
             self.copied_bytes = sum(piece.target.nbytes for link in self._links.values() for piece in link.pieces)
             return
-        parameters = _by_address(model)
+        parameters, merged = _by_address(model), merged_parameters(model)
         bucket = _Bucket()
         for name, weight in named_weights(model, adapters=self._adapters):
             link = self._links.get(name)
             if link is None:
                 continue
             if link.is_shared and (link.view is None or _address(weight) != _address(link.view)):
-                # rebound by `model.to`, FSDP, ...
-                link.is_shared = False
-                link.reason = "no longer a view: something gave the parameter other memory"
-                self._is_announced = False
+                self._end_sharing(link, parameters)
             parameter = parameters.get(_address(weight))
-            if link.is_shared or (parameter is not None and _is_unchanged(parameter, link)):
+            if link.is_shared or (parameter is not None and parameter not in merged and _is_unchanged(parameter, link)):
                 continue
             self.copied_bytes += bucket.add(link, weight)
-            if parameter is not None and not parameter.requires_grad:
-                link.written = parameter._version
+            link.written = _frozen_version(parameter, merged)
         bucket.copy()
         self._announce(model)
+
+    def _end_sharing(self, link: Link, parameters: dict[tuple[int, torch.Size], nn.Parameter]) -> None:
+        """The weight has other memory than the engine's: `model.to` or FSDP moved it, or another adapter is active."""
+        link.is_shared = False
+        link.reason = "no longer a view: something gave the parameter other memory"
+        self._is_announced = False
+        owner = None if link.view is None else parameters.get(_address(link.view))
+        if owner is not None:
+            # the parameter whose place another one takes keeps its values
+            owner.data = owner.data.clone()
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
@@ -172,7 +181,7 @@ class SharedWeights:
             return
         moved = self._moved()
         if moved:
-            raise _stale(sorted(moved), "vLLM has replaced its tensors")
+            raise stale_weights(sorted(moved), "vLLM has replaced its tensors")
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         names: list[str] = []
@@ -185,15 +194,15 @@ class SharedWeights:
                     ours.append(_row(source, draw).to(target.dtype))
                     theirs.append(_row(target, draw))
                     names.append(name)
-        wrong = _different(ours, theirs)
+        wrong = different_bits(ours, theirs)
         if wrong:
-            raise _stale(sorted({names[i] for i in wrong}), "its rows are not the policy's")
+            raise stale_weights(sorted({names[i] for i in wrong}), "its rows are not the policy's")
 
     def _check_whole(self, name: str, weight: Tensor) -> None:
         for piece in self._links[name].pieces:
             source = piece.of(weight).to(device=piece.target.device, dtype=piece.target.dtype)
             if not torch.equal(_bits(source), _bits(piece.target)):
-                raise _stale([name], "what vLLM loaded is not what it was given")
+                raise stale_weights([name], "what vLLM loaded is not what it was given")
 
     # -- what cannot be shared -----------------------------------------------------------------------------------------
 
@@ -210,7 +219,7 @@ class SharedWeights:
         if self.transformed:
             return "vLLM transforms weights after loading"
         if parameter is None:
-            return "computed for the engine"
+            return self._why_computed
         if link.view is None:
             return "sharded or laid out otherwise in vLLM"
         if link.view.device != weight.device:
@@ -269,6 +278,13 @@ def _is_unchanged(parameter: nn.Parameter, link: Link) -> bool:
     return link.written is not None and link.written == parameter._version
 
 
+def _frozen_version(parameter: nn.Parameter | None, merged: set[nn.Parameter]) -> int | None:
+    """The version of a parameter that only in-place changes alter; None for others, whose version proves nothing."""
+    if parameter is None or parameter.requires_grad or parameter in merged:
+        return None
+    return parameter._version
+
+
 def _address(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
@@ -298,7 +314,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(kinds[tensor.itemsize])
 
 
-def _different(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
+def different_bits(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
     """Indices of pairs that differ in a bit; the device is waited for once."""
     wrong: list[int] = []
     for dtype in {tensor.dtype for tensor in theirs}:
@@ -309,6 +325,6 @@ def _different(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
     return wrong
 
 
-def _stale(names: list[str], what: str) -> RuntimeError:
+def stale_weights(names: list[str], what: str) -> RuntimeError:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return RuntimeError(f"vLLM does not run the policy's weights: {shown}: {what}")

@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.adapters import has_adapters
 from grpo_fast.batch import Completions, Sampling
 from grpo_fast.generation.base import base_model, check_options, check_prompts, context_length
 from grpo_fast.generation.shared_weights import SharedWeights
 from grpo_fast.generation.vllm_loader import register_loader
+from grpo_fast.generation.vllm_lora import EngineAdapter, lora_arguments, why_merged
 from grpo_fast.generation.vllm_sampler import report_policy_logps
 from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
 from grpo_fast.generation.weight_map import WeightMap
@@ -142,6 +144,7 @@ class VLLMEngine:
                 processing_class.save_pretrained(folder)
             self._llm: Any = self._start(folder, arguments, vllm_engine_kwargs or {})
         self.weights = self._share(model)
+        self.adapter = self._lend_adapter(model)
         self._llm.collective_rpc(report_policy_logps)
 
     @property
@@ -160,18 +163,41 @@ class VLLMEngine:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # each process of the launcher runs its own engine, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
+        model = self._live_model()
+        self._why_merged: str | None = ""
+        if has_adapters(model):
+            self._why_merged = why_merged(model, dtype=arguments["dtype"], on_cpu=on_cpu, overrides=overrides)
+        if self._why_merged is None:
+            arguments |= lora_arguments(model, overrides)
         maps: list[WeightMap] = []
-        load_format = register_loader(self._model, on_cpu=on_cpu, adapters=True, loaded=maps.append)
+        load_format = register_loader(
+            self._model, on_cpu=on_cpu, adapters=self._why_merged is not None, loaded=maps.append
+        )
         llm = LLM(folder, load_format=load_format, **(arguments | overrides))
         (self._weight_map,) = maps
         return llm
 
     def _share(self, model: nn.Module) -> SharedWeights:
         (target,) = self._llm.apply_model(lambda target: target)
-        weights = SharedWeights(target, self._weight_map, reload=self._reload)
+        weights = SharedWeights(
+            target,
+            self._weight_map,
+            reload=self._reload,
+            adapters=self._why_merged is not None,
+            why_computed=f"adapters are added to them: {self._why_merged}" if self._why_merged else "computed for vLLM",
+        )
         del self._weight_map
         weights.share(model)
         return weights
+
+    def _lend_adapter(self, model: nn.Module) -> EngineAdapter | None:
+        """The policy's LoRA adapter in vLLM's slots, if vLLM runs it beside the base weights."""
+        if self._why_merged is not None:
+            return None
+        (target,) = self._llm.apply_model(lambda target: target)
+        adapter = EngineAdapter(target, model)
+        adapter.use_for_requests(self._llm.llm_engine)
+        return adapter
 
     def _reload(self, weights: Any) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -209,7 +235,14 @@ class VLLMEngine:
         """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights."""
         self._model = weakref.ref(model)
         self.weights.update(model)
+        if self.adapter is not None:
+            self.adapter.update(model)
         self._llm.reset_prefix_cache()
+
+    @property
+    def copied_bytes(self) -> int:
+        """What the last update copied: weights that are not shared, and adapters."""
+        return self.weights.copied_bytes + (0 if self.adapter is None else self.adapter.copied_bytes)
 
     def shadows(self) -> dict[nn.Parameter, Tensor]:
         """Trainable parameters -> the engine's tensors of another dtype, for an optimizer that writes both."""
