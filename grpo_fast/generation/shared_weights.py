@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.generation.vllm_weights import is_part, is_sharded, named_weights
+from grpo_fast.generation.vllm_weights import is_part, is_sharded, merged_parameters, named_weights
 from grpo_fast.generation.weight_map import Piece, WeightMap, engine_tensors, storage_of, whole_view
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class SharedWeights:
         *,
         reload: Callable[[Any], None],
         adapters: bool = True,
+        why_computed: str = "computed for the engine",
     ) -> None:
         """Know what is where.
 
@@ -70,8 +71,10 @@ class SharedWeights:
             weight_map: Recorded when it loaded the policy's weights.
             reload: Sends named weights through vLLM's own loader and what it does after loading.
             adapters: Whether LoRA adapters are added into the weights; see `named_weights`.
+            why_computed: Said of weights that are no parameter as it is.
         """
         self._target, self._reload, self._adapters = target, reload, adapters
+        self._why_computed = why_computed
         self._links = {name: Link(pieces=pieces) for name, pieces in weight_map.pieces.items() if pieces}
         self.transformed = sorted(weight_map.opaque | self._moved())
         self.copied_bytes = 0
@@ -86,7 +89,7 @@ class SharedWeights:
         Raises:
             RuntimeError: A weight in the engine is not the policy's; names it.
         """
-        parameters = _by_address(model)
+        parameters, merged = _by_address(model), merged_parameters(model)
         for name, weight in named_weights(model, adapters=self._adapters):
             link = self._links.get(name)
             if link is None:
@@ -101,8 +104,8 @@ class SharedWeights:
                 assert parameter is not None
                 parameter.data = link.view
                 link.is_shared = True
-            elif parameter is not None and not parameter.requires_grad:
-                link.written = parameter._version
+            else:
+                link.written = _frozen_version(parameter, merged)
         self._announce(model)
 
     def shadows(self, model: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -133,19 +136,18 @@ class SharedWeights:
             self._reload(named_weights(model, adapters=self._adapters))
             self.copied_bytes = sum(piece.target.nbytes for link in self._links.values() for piece in link.pieces)
             return
-        parameters, are_sharded = _by_address(model), is_sharded(model)
+        parameters, merged, are_sharded = _by_address(model), merged_parameters(model), is_sharded(model)
         bucket = _Bucket()
         for name, weight in named_weights(model, adapters=self._adapters):
             link = self._links.get(name)
             if link is None:
                 continue
             parameter = parameters.get(_address(weight))
-            self._note_other_memory(link, weight, SHARDED if are_sharded and parameter is None else REBOUND)
-            if link.is_shared or (parameter is not None and _is_unchanged(parameter, link)):
+            self._note_other_memory(link, weight, parameters, SHARDED if are_sharded and parameter is None else REBOUND)
+            if link.is_shared or (parameter is not None and parameter not in merged and _is_unchanged(parameter, link)):
                 continue
             self.copied_bytes += bucket.add(link, weight)
-            if parameter is not None and not parameter.requires_grad:
-                link.written = parameter._version
+            link.written = _frozen_version(parameter, merged)
         bucket.copy()
         self._announce(model)
 
@@ -167,7 +169,7 @@ class SharedWeights:
             return
         moved = self._moved()
         if moved:
-            raise _stale(sorted(moved), "vLLM has replaced its tensors")
+            raise stale_weights(sorted(moved), "vLLM has replaced its tensors")
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         names: list[str] = []
@@ -180,14 +182,14 @@ class SharedWeights:
                     ours.append(_row(source, draw))
                     theirs.append(_row(target, draw))
                     names.append(name)
-        wrong = _different(ours, theirs)
+        wrong = different_bits(ours, theirs)
         if wrong:
-            raise _stale(sorted({names[i] for i in wrong}), "its rows are not the policy's")
+            raise stale_weights(sorted({names[i] for i in wrong}), "its rows are not the policy's")
 
     def _check_whole(self, name: str, weight: Tensor) -> None:
         for piece in self._links[name].pieces:
             if not _is_same(piece.of(weight), piece.target):
-                raise _stale([name], "what vLLM loaded is not what it was given")
+                raise stale_weights([name], "what vLLM loaded is not what it was given")
 
     # -- what cannot be shared -----------------------------------------------------------------------------------------
 
@@ -200,9 +202,15 @@ class SharedWeights:
             if any(storage_of(piece.target) not in live for piece in link.pieces)
         }
 
-    def _note_other_memory(self, link: Link, weight: Tensor, reason: str) -> None:
-        """See whether a weight is still where `share` put it: not after FSDP or `model.to`."""
+    def _note_other_memory(
+        self, link: Link, weight: Tensor, parameters: dict[tuple[int, torch.Size], nn.Parameter], reason: str
+    ) -> None:
+        """See whether a weight is still where `share` put it: not after FSDP, `model.to` or a change of adapters."""
         is_moved = link.is_shared and (link.view is None or _address(weight) != _address(link.view))
+        owner = parameters.get(_address(link.view)) if is_moved and link.view is not None else None
+        if owner is not None:
+            # the parameter whose place another one takes keeps its values
+            owner.data = owner.data.clone()
         if is_moved or (reason == SHARDED and link.reason != reason):
             link.is_shared, link.reason = False, reason
             self._is_announced = False
@@ -211,7 +219,7 @@ class SharedWeights:
         if self.transformed:
             return "vLLM transforms weights after loading"
         if parameter is None:
-            return "computed for the engine"
+            return self._why_computed
         if link.view is None:
             covered = sum(piece.target.numel() for piece in link.pieces)
             return "laid out otherwise in vLLM" if covered >= weight.numel() else "sharded over vLLM's processes"
@@ -271,6 +279,13 @@ def _is_unchanged(parameter: nn.Parameter, link: Link) -> bool:
     return link.written is not None and link.written == parameter._version
 
 
+def _frozen_version(parameter: nn.Parameter | None, merged: set[nn.Parameter]) -> int | None:
+    """The version of a parameter that only in-place changes alter; None for others, whose version proves nothing."""
+    if parameter is None or parameter.requires_grad or parameter in merged:
+        return None
+    return parameter._version
+
+
 def _address(tensor: Tensor) -> tuple[int, torch.Size]:
     return tensor.data_ptr(), tensor.shape
 
@@ -301,7 +316,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(kinds[tensor.itemsize])
 
 
-def _different(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
+def different_bits(ours: list[Tensor], theirs: list[Tensor]) -> list[int]:
     """Indices of pairs of vectors that differ in a bit of the second's dtype; the device is waited for once a dtype."""
     kinds = [(left.dtype, right.dtype) for left, right in zip(ours, theirs, strict=True)]
     wrong: list[int] = []
@@ -317,6 +332,6 @@ def _is_same(ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(_bits(ours.to(theirs)), _bits(theirs))
 
 
-def _stale(names: list[str], what: str) -> RuntimeError:
+def stale_weights(names: list[str], what: str) -> RuntimeError:
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return RuntimeError(f"vLLM does not run the policy's weights: {shown}: {what}")

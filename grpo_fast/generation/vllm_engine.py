@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.adapters import has_adapters
 from grpo_fast.batch import Completions, Sampling
 from grpo_fast.generation.base import (
     Engine,
@@ -44,6 +45,7 @@ from grpo_fast.generation.vllm_faults import (
 )
 from grpo_fast.generation.vllm_lifetime import RunningLLM
 from grpo_fast.generation.vllm_loader import register_loader
+from grpo_fast.generation.vllm_lora import EngineAdapter, lora_arguments, why_merged
 from grpo_fast.generation.vllm_processes import (
     any_in,
     check_tensor_parallel,
@@ -194,6 +196,7 @@ class VLLMEngine(Engine):
             # processes of one engine talk over it about what to generate
             self._group = tensor_parallel_group() if tensor_parallel_size > 1 else None
             self.weights = self._share(model)
+            self.adapter = self._lend_adapter(model)
             self._llm.collective_rpc(report_policy_logps)
             if enable_sleep_mode:
                 self._kv_cache = KVCacheMemory(self._llm)
@@ -217,13 +220,21 @@ class VLLMEngine(Engine):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # each process of the launcher runs an engine, or its part of one, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
+        model = self._live_model()
+        self._why_merged: str | None = ""
+        if has_adapters(model):
+            self._why_merged = why_merged(model, dtype=arguments["dtype"], on_cpu=on_cpu, overrides=overrides)
+        if self._why_merged is None:
+            arguments |= lora_arguments(model, overrides)
         maps: list[WeightMap] = []
-        load_format = register_loader(self._model, on_cpu=on_cpu, adapters=True, loaded=maps.append)
+        load_format = register_loader(
+            self._model, on_cpu=on_cpu, adapters=self._why_merged is not None, loaded=maps.append
+        )
         self._arguments = arguments | overrides
         try:
             running = RunningLLM(lambda: LLM(folder, load_format=load_format, **self._arguments), load_format)
         except Exception as error:
-            model, dtype = self._live_model(), arguments["dtype"]
+            dtype = arguments["dtype"]
             reason = explained_start(
                 error,
                 self._arguments,
@@ -238,10 +249,25 @@ class VLLMEngine(Engine):
 
     def _share(self, model: nn.Module) -> SharedWeights:
         (target,) = self._llm.apply_model(lambda target: target)
-        weights = SharedWeights(target, self._weight_map, reload=self._reload)
+        weights = SharedWeights(
+            target,
+            self._weight_map,
+            reload=self._reload,
+            adapters=self._why_merged is not None,
+            why_computed=f"adapters are added to them: {self._why_merged}" if self._why_merged else "computed for vLLM",
+        )
         del self._weight_map
         weights.share(model)
         return weights
+
+    def _lend_adapter(self, model: nn.Module) -> EngineAdapter | None:
+        """The policy's LoRA adapter in vLLM's slots, if vLLM runs it beside the base weights."""
+        if self._why_merged is not None:
+            return None
+        (target,) = self._llm.apply_model(lambda target: target)
+        adapter = EngineAdapter(target, model)
+        adapter.use_for_requests(self._llm.llm_engine)
+        return adapter
 
     def _reload(self, weights: Any) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -350,7 +376,14 @@ class VLLMEngine(Engine):
         self._check_open()
         self._model = weakref.ref(model)
         self.weights.update(model)
+        if self.adapter is not None:
+            self.adapter.update(model)
         self._llm.reset_prefix_cache()
+
+    @property
+    def copied_bytes(self) -> int:
+        """What the last update copied: weights that are not shared, and adapters."""
+        return self.weights.copied_bytes + (0 if self.adapter is None else self.adapter.copied_bytes)
 
     def shadows(self) -> dict[nn.Parameter, Tensor]:
         """See `Engine.shadows`."""
@@ -372,6 +405,8 @@ class VLLMEngine(Engine):
             RuntimeError: naming the weights that differ.
         """
         self.weights.check(self._live_model(), num_rows=CHECKED_ROWS, generator=self._checked)
+        if self.adapter is not None:
+            self.adapter.check(self._live_model())
 
     def set_temperature(self, temperature: float) -> None:
         """See `Engine.set_temperature`."""

@@ -64,19 +64,19 @@ def storage_of(tensor: Tensor) -> int:
 
 def record_load(target: Any, weights: Iterable[tuple[str, Tensor]]) -> WeightMap:
     """Let vLLM's model load `weights` and record where each goes."""
-    recorder = _Recorder(target)
+    recorder = Recorder(tensor for _, tensor in engine_tensors(target))
     with recorder:
         target.load_weights(recorder.watched(weights))
     return recorder.map
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every copy inside the block."""
+class Recorder(TorchDispatchMode):
+    """Sees every copy of the weights given to `watched` into `targets` inside the block, and notes it in `map`."""
 
-    def __init__(self, target: nn.Module) -> None:
+    def __init__(self, targets: Iterable[Tensor]) -> None:
         super().__init__()
         self.map = WeightMap()
-        self._targets = {storage_of(tensor) for _, tensor in engine_tensors(target)}
+        self._targets = {storage_of(tensor) for tensor in targets}
         self._given: dict[int, tuple[str, Tensor]] = {}
         self._current = ""
 

@@ -103,7 +103,7 @@ class EngineTrainer(BaseTrainer):
             with self.timer.phase("sync"), profiling_context(self, "sync_weights"):
                 self.engine.update_weights(self.accelerator.unwrap_model(self.model))
                 if isinstance(self.engine, VLLMEngine):
-                    self._metrics[self._mode]["sync/copied_mib"].append(self.engine.weights.copied_bytes / 2**20)
+                    self._metrics[self._mode]["sync/copied_mib"].append(self.engine.copied_bytes / 2**20)
                 self._prove_engine()
             self._last_loaded_step = self.state.global_step
 
