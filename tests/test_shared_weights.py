@@ -1,6 +1,7 @@
 """The policy's parameters are the engine's memory: an optimizer step is the update, for every family."""
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -75,6 +76,10 @@ def test_optimizer_step_is_the_update(family):
             assert outputs[-1] != outputs[-2], "the policy did not move: equal outputs would prove nothing"
     finally:
         engine.close()
+    # the weights outlive the engine
+    del engine, tensors
+    gc.collect()
+    assert greedy_by_transformers(model) == outputs[-1]
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,8 @@ class OverlapTrainer(ToolTrainer, RewardTrainer):
         replaced = replaced_methods(self, OVERLAP_SEAMS)
         if not isinstance(self.engine, VLLMEngine):
             return f"the engine is {self.engine.name}, not vLLM in this process"
+        if self.args.vllm_tensor_parallel_size > 1:
+            return "groups of several processes end together (vllm_tensor_parallel_size)"
         if self.rollout_func is not None:
             return "rollout_func generates"
         if self.tools or self.toolbox is not None:
