@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from grpo_fast import GRPOConfig, GRPOTrainer
+from grpo_fast import GRPOConfig, GRPOTrainer, profiling
 from grpo_fast.generation import progress
 from grpo_fast.rewards import RewardCall
 from grpo_fast.rewards.early import EarlyRewards
@@ -40,13 +40,13 @@ class Calls:
 CALLS = Calls()
 
 
-def length(completions, answer, log_extra, log_metric, trainer_state, **kwargs):
-    CALLS.saw("length", completions)
+def distinct(completions, answer, log_extra, log_metric, trainer_state, **kwargs):
+    CALLS.saw("distinct", completions)
     log_extra("answers", [f"{a}:{text}" for a, text in zip(answer, completions, strict=True)])
     # halves: means of means are exact
     log_metric("half", 0.5)
     log_metric("step", trainer_state.global_step)
-    return [len(text) / 8 for text in completions]
+    return [len(set(text)) / 8 for text in completions]
 
 
 def seldom(completions, answer, log_extra, **kwargs):
@@ -80,7 +80,7 @@ def trainer(tmp_path_factory):
     trainer = GRPOTrainer(
         # vLLM's CPU attention takes heads of 32 and wider
         model=make_model(seed=3, hidden_size=64, num_attention_heads=2, num_key_value_heads=1),
-        reward_funcs=[length, classifier(), seldom, awaited],
+        reward_funcs=[distinct, classifier(), seldom, awaited],
         reward_processing_classes=[None, make_tokenizer(), None, None],
         args=GRPOConfig(
             str(tmp_path_factory.mktemp("overlap")),
@@ -149,16 +149,16 @@ def test_everything_equals_the_run_without_overlap(trainer):
     inputs = batch_of(rows())
     batch, metrics, logs = rollout(trainer, inputs, overlap=True)
     # each function once a group, away from the main thread
-    assert sorted(CALLS.rows) == sorted([(name, G) for name in ("length", "seldom", "awaited")] * 4)
+    assert sorted(CALLS.rows) == sorted([(name, G) for name in ("distinct", "seldom", "awaited")] * 4)
     assert threading.main_thread() not in CALLS.threads
     expected_batch, expected_metrics, expected_logs = rollout(trainer, inputs, overlap=False)
-    assert CALLS.rows == [("length", 16), ("seldom", 16), ("awaited", 16)]
+    assert CALLS.rows == [("distinct", 16), ("seldom", 16), ("awaited", 16)]
     assert batch.keys() == expected_batch.keys()
     for name, value in expected_batch.items():
         assert same(batch[name], value), name
     assert expected_batch["advantages"].unique().numel() > 8
     assert metrics.keys() == expected_metrics.keys()
-    assert {"half", "step", "rewards/length/mean", "rewards/seldom/std"} < metrics.keys()
+    assert {"half", "step", "rewards/distinct/mean", "rewards/seldom/std"} < metrics.keys()
     assert same(metrics, expected_metrics)
     assert {name: len(values) for name, values in logs["extra"].items()} == {"answers": 16, "ones": 16}
     ones = [row["answer"] == 1 for row in inputs]
@@ -196,10 +196,22 @@ def test_a_slow_function_runs_while_later_groups_decode(trainer, monkeypatch):
         assert any(start < moment < end for moment in steps)
 
 
+def test_each_function_is_profiled_once_a_batch(trainer, monkeypatch):
+    def sent(overlap):
+        names = []
+        with monkeypatch.context() as patch:
+            patch.setattr(profiling, "_send", lambda seconds, **where: names.extend(seconds))
+            rollout(trainer, batch_of(rows()), overlap=overlap)
+        return sorted(names)
+
+    assert sent(True) == sent(False)
+    assert sent(True).count("profiling/Time taken: GRPOTrainer.distinct") == 1
+
+
 def test_neighbours_with_one_prompt_are_groups_of_their_own(trainer):
     inputs = batch_of([{"prompt": "a=", "answer": answer} for answer in (1, 2)])
     batch, _, logs = rollout(trainer, inputs, overlap=True)
-    assert CALLS.rows.count(("length", G)) == 2
+    assert CALLS.rows.count(("distinct", G)) == 2
     expected, _, expected_logs = rollout(trainer, inputs, overlap=False)
     assert same(batch["advantages"], expected["advantages"])
     assert logs["extra"]["answers"] == expected_logs["extra"]["answers"]
@@ -211,7 +223,7 @@ def test_training_and_evaluation_overlap_on_one_engine(trainer, monkeypatch, cap
     assert inner.vllm_config.scheduler_config.max_num_seqs == G
     CALLS.reset()
     trainer.train()
-    assert CALLS.rows.count(("length", G)) == len(CALLS.rows) / 3 == 2 * 4
+    assert CALLS.rows.count(("distinct", G)) == len(CALLS.rows) / 3 == 2 * 4
     CALLS.reset()
     steps, step = [], inner.step
     # the engine's bar is due at every step
@@ -221,9 +233,9 @@ def test_training_and_evaluation_overlap_on_one_engine(trainer, monkeypatch, cap
     scores = trainer.evaluate()
     assert len(steps) > 1
     assert "/8 completions" in capsys.readouterr().err
-    assert sorted(CALLS.rows) == sorted([(name, G) for name in ("length", "seldom", "awaited")] * 2)
+    assert sorted(CALLS.rows) == sorted([(name, G) for name in ("distinct", "seldom", "awaited")] * 2)
     assert threading.main_thread() not in CALLS.threads
-    assert scores["eval_rewards/length/mean"] > 0
+    assert scores["eval_rewards/distinct/mean"] > 0
     assert scores["eval_half"] == 0.5
 
 
@@ -248,9 +260,9 @@ def too_few(completions, answer, **kwargs):
     ("function", "error", "message"),
     [
         # the third row of the data set, of four completions each
-        (fails, RuntimeError, "'length' raised LookupError at step .* on row 8, completion .*: no such answer"),
-        (fails_later, RuntimeError, "'length' raised LookupError at step .* on the group in rows 8 to 11: no such"),
-        (too_few, ValueError, "'length' must return one value a completion: 4 completions, 3 values"),
+        (fails, RuntimeError, "'distinct' raised LookupError at step .* on row 8, completion .*: no such answer"),
+        (fails_later, RuntimeError, "'distinct' raised LookupError at step .* on the group in rows 8 to 11: no such"),
+        (too_few, ValueError, "'distinct' must return one value a completion: 4 completions, 3 values"),
     ],
 )
 def test_an_error_names_its_function_and_row_and_the_next_batch_is_fine(trainer, monkeypatch, function, error, message):
@@ -339,7 +351,7 @@ def test_without_vllm_functions_are_called_once_a_batch_which_is_said_once(tmp_p
     CALLS.reset()
     trainer = GRPOTrainer(
         model=make_model(),
-        reward_funcs=[length],
+        reward_funcs=[distinct],
         args=GRPOConfig(
             str(tmp_path),
             use_cpu=True,
@@ -358,7 +370,7 @@ def test_without_vllm_functions_are_called_once_a_batch_which_is_said_once(tmp_p
     )
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert CALLS.rows == [("length", 8)] * 2
+    assert CALLS.rows == [("distinct", 8)] * 2
     assert CALLS.threads == {threading.main_thread()}
     assert caplog.text.count("overlap_rewards=True has no effect") == 1
 
@@ -373,16 +385,16 @@ from tests.tiny_lm import make_model, make_tokenizer
 sizes = []
 
 
-def length(completions, answer, log_extra, **kwargs):
+def distinct(completions, answer, log_extra, **kwargs):
     sizes.append(len(completions))
     assert len(set(answer)) == 1
     log_extra("answer", answer)
-    return [len(text) / 8 for text in completions]
+    return [len(set(text)) / 8 for text in completions]
 
 
 trainer = GRPOTrainer(
     model=make_model(seed=3, hidden_size=64, num_attention_heads=2, num_key_value_heads=1),
-    reward_funcs=length,
+    reward_funcs=distinct,
     args=GRPOConfig(
         sys.argv[1], use_cpu=True, ddp_backend="gloo", bf16=False, use_vllm=True, overlap_rewards=True,
         per_device_train_batch_size=6, num_generations=4, max_completion_length=8, report_to="none", disable_tqdm=False,
@@ -400,7 +412,7 @@ for overlap in (True, False):
     trainer.args.overlap_rewards = overlap
     torch.manual_seed(rank)
     if not overlap:
-        trainer.reward_funcs[0] = lambda completions, **kwargs: [len(text) / 8 for text in completions]
+        trainer.reward_funcs[0] = lambda completions, **kwargs: [len(set(text)) / 8 for text in completions]
     batch = trainer._timed_rollout(rows[6 * rank : 6 * rank + 6])
     results.append(batch["advantages"])
     if overlap:
