@@ -106,11 +106,13 @@ class VLLMEngine:
             sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
-            vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
+            vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above. With `enable_lora=False`
+                LoRA adapters are added into copies of the weights.
 
         Raises:
             ImportError: vLLM is not installed.
-            ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
+            ValueError: an argument is not supported, vLLM's model has parameters that `model` does not fill, or no
+                place for one of its adapters.
             RuntimeError: vLLM does not hold the weights it was given.
         """
         _check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
@@ -164,6 +166,7 @@ class VLLMEngine:
             # each process of the launcher runs its own engine, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
         model = self._live_model()
+        # None where vLLM runs the adapters itself, "" where there are none
         self._why_merged: str | None = ""
         if has_adapters(model):
             self._why_merged = why_merged(model, dtype=arguments["dtype"], on_cpu=on_cpu, overrides=overrides)
@@ -232,7 +235,11 @@ class VLLMEngine:
         return _completions(outputs, [size for _, size in groups])
 
     def update_weights(self, model: nn.Module) -> None:
-        """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights."""
+        """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights.
+
+        Raises:
+            ValueError: `model` runs an adapter that vLLM has no room for.
+        """
         self._model = weakref.ref(model)
         self.weights.update(model)
         if self.adapter is not None:

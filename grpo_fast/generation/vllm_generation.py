@@ -45,7 +45,7 @@ class VLLMGeneration:
 
     @property
     def llm(self) -> Any:
-        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request."""
+        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request, LoRA adapters included."""
         return self.engine.llm
 
     def sync_weights(self) -> None:
