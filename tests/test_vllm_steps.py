@@ -90,13 +90,12 @@ def test_transformers_tells_of_all_groups_at_the_end(model):
     assert list(told) == list(RUNS)
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_nothing_in_the_engine(engine, error):
+def test_an_error_of_the_listener_leaves_nothing_in_the_engine(engine):
     def fail(first_row, ids):
-        raise error("in the callback")
+        raise ValueError("in the callback")
 
     expected = engine.generate(ROWS, SAMPLINGS["seeded"])
-    with pytest.raises(error, match="in the callback"):
+    with pytest.raises(ValueError, match="in the callback"):
         engine.generate(ROWS, SAMPLINGS["seeded"], on_group=fail)
     inner = engine.llm.llm_engine
     assert not inner.has_unfinished_requests()

@@ -142,12 +142,14 @@ class VLLMEngine(Engine):
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
             enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`.
-            vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above.
+            vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above. With `enable_lora=False`
+                LoRA adapters are added into copies of the weights.
             shows_progress: Whether each generation has a progress bar.
 
         Raises:
             ImportError: vLLM is not installed.
-            ValueError: an argument is not supported, or vLLM's model has parameters that `model` does not fill.
+            ValueError: an argument is not supported, vLLM's model has parameters that `model` does not fill, or no
+                place for one of its adapters.
             RuntimeError: vLLM does not hold the weights it was given.
             EngineError: there is not enough memory; the message says which setting to change.
         """
@@ -221,6 +223,7 @@ class VLLMEngine(Engine):
             # each process of the launcher runs an engine, or its part of one, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
         model = self._live_model()
+        # None where vLLM runs the adapters itself, "" where there are none
         self._why_merged: str | None = ""
         if has_adapters(model):
             self._why_merged = why_merged(model, dtype=arguments["dtype"], on_cpu=on_cpu, overrides=overrides)
@@ -372,7 +375,11 @@ class VLLMEngine(Engine):
         return EngineError(reason)
 
     def update_weights(self, model: nn.Module) -> None:
-        """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights."""
+        """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights.
+
+        Raises:
+            ValueError: `model` runs an adapter that vLLM has no room for.
+        """
         self._check_open()
         self._model = weakref.ref(model)
         self.weights.update(model)

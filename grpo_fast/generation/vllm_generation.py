@@ -50,7 +50,10 @@ class VLLMGeneration:
 
     @property
     def llm(self) -> Any:
-        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request. A server has none."""
+        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request, LoRA adapters included.
+
+        A server has none.
+        """
         if isinstance(self.engine, VLLMServer):
             raise AttributeError("vllm_mode='server' has no llm in this process; vllm_client talks to the server")
         return self.engine.llm
