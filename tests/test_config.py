@@ -78,7 +78,10 @@ def test_derived_values_are_trls(tmp_path, settings):
         ({"vllm_mode": "remote"}, "vllm_mode must be one of"),
         ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' is not supported"),
         ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True is not supported"),
-        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size must be 1: .*; it is 2"),
+        (
+            {"use_vllm": True, "vllm_tensor_parallel_size": 2},
+            "vllm_tensor_parallel_size must divide the number of processes .1.; it is 2",
+        ),
         ({"use_vllm": True, "loss_type": "vespo"}, "loss_type='vespo' .* it is 'sequence_mask'"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"max_completion_length": None}, "max_completion_length must be a number of tokens"),

@@ -143,6 +143,9 @@ class SharedWeights:
             if link is None:
                 continue
             parameter = parameters.get(_address(weight))
+            if self._share_again(link, weight, parameter):
+                self.copied_bytes += weight.nbytes
+                continue
             self._note_other_memory(link, weight, SHARDED if are_sharded and parameter is None else REBOUND)
             if link.is_shared or (parameter is not None and _is_unchanged(parameter, link)):
                 continue
@@ -204,10 +207,22 @@ class SharedWeights:
             if any(storage_of(piece.target) not in live for piece in link.pieces)
         }
 
+    def _share_again(self, link: Link, weight: Tensor, parameter: nn.Parameter | None) -> bool:
+        """Take back a parameter that was moved; on a CPU, accelerate's `model.to("cpu:0")` moves all of them.
+
+        Memory that others look into, too, such as the flat buffers of DeepSpeed, is left to them.
+        """
+        if not _is_moved(link, weight) or parameter is None or parameter.untyped_storage().nbytes() > parameter.nbytes:
+            return False
+        if link.view is None or link.view.shape != weight.shape or self._why_not_shared(link, weight, parameter):
+            return False
+        link.view.copy_(weight)
+        parameter.data = link.view
+        return True
+
     def _note_other_memory(self, link: Link, weight: Tensor, reason: str) -> None:
-        """See whether a weight is still where `share` put it: not after FSDP or `model.to`."""
-        is_moved = link.is_shared and (link.view is None or _address(weight) != _address(link.view))
-        if is_moved or (reason == SHARDED and link.reason != reason):
+        """See whether a weight is still where `share` put it: not after FSDP or DeepSpeed."""
+        if _is_moved(link, weight) or (reason == SHARDED and link.reason != reason):
             link.is_shared, link.reason = False, reason
             self._is_announced = False
 
@@ -273,6 +288,10 @@ def _is_unchanged(parameter: nn.Parameter, link: Link) -> bool:
     parameter's version alone proves nothing.
     """
     return link.written is not None and link.written == parameter._version
+
+
+def _is_moved(link: Link, weight: Tensor) -> bool:
+    return link.is_shared and (link.view is None or _address(weight) != _address(link.view))
 
 
 def _address(tensor: Tensor) -> tuple[int, torch.Size]:
