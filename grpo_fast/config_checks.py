@@ -234,6 +234,8 @@ def warn_of_doubtful_settings(args: Any) -> None:
             "loss_type='grpo'",
             args.loss_type,
         )
+    if args.fsdp and args.device.type == "cpu":
+        logger.warning("fsdp is without effect on a CPU: accelerate wraps the model in DDP there")
     unused = _settings_without_effect(args)
     if unused:
         logger.warning("without effect: %s", ", ".join(f"{name} (needs {need})" for name, need in unused.items()))

@@ -145,15 +145,32 @@ def test_gradients_are_those_of_a_model_of_its_own(shared):
     model.eval()
 
 
-def test_weights_that_were_given_other_memory_are_copied_and_said(shared, caplog):
+def test_a_weight_that_was_moved_is_taken_back(shared):
     model, engine = shared
     layer = model.model.layers[0].self_attn.k_proj
     view = layer.weight.data
     layer.weight.data = view + 1.0
-    with caplog.at_level(logging.WARNING):
-        engine.update_weights(model)
-        engine.update_weights(model)
+    expected = layer.weight.detach().clone()
+    engine.update_weights(model)
     assert engine.weights.copied_bytes == layer.weight.nbytes
+    assert layer.weight.data_ptr() == view.data_ptr()
+    assert torch.equal(layer.weight, expected)
+    engine.update_weights(model)
+    assert engine.weights.copied_bytes == 0
+
+
+def test_weights_in_memory_of_others_are_copied_and_said(shared, caplog):
+    model, engine = shared
+    layer = model.model.layers[0].self_attn.k_proj
+    view = layer.weight.data
+    # as in DeepSpeed's flat buffers
+    buffer = torch.cat([view.flatten() + 1.0, torch.zeros(8)])
+    layer.weight.data = buffer[: view.numel()].view_as(view)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            engine.update_weights(model)
+            assert engine.weights.copied_bytes == layer.weight.nbytes
+    assert layer.weight.data_ptr() == buffer.data_ptr()
     assert torch.equal(view, layer.weight)
     said = [record.message for record in caplog.records]
     assert len(said) == 1, "once, however many updates follow"

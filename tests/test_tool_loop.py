@@ -50,6 +50,7 @@ class ScriptedTrainer(ToolTrainer):
         self.max_completion_length, self.max_tool_calling_iterations = 2000, sys.maxsize
         self.__dict__.update(settings)
         self.scripts = scripts
+        self.engine = SimpleNamespace(any_in_group=bool)
         self.generated = []
         self.shown = []
 
@@ -189,6 +190,19 @@ def test_calls_end_at_the_limit(limit, num_calls):
     result = run(ScriptedTrainer(scripts, max_tool_calling_iterations=limit))
     assert result.num_calls == num_calls
     assert len(result.completions[0]) == 1 + 2 * num_calls
+
+
+@pytest.mark.parametrize("limit", [sys.maxsize, 2])
+def test_processes_that_generate_together_take_the_same_number_of_turns(limit):
+    trainer = ScriptedTrainer([[OSLO + END, "two days" + END], ["rainy" + END]], max_tool_calling_iterations=limit)
+    # the other process has three turns more, and is asked before and after its tools ran
+    asked = []
+    trainer.engine.any_in_group = lambda flag: asked.append(flag) or len(asked) <= 6
+    result = run(trainer)
+    assert [len(rows) for rows in trainer.generated] == [1, 0, 0][:limit]
+    assert asked == [True, True, False, False, False, False, False][: 2 * limit + (limit > 3)]
+    assert result.num_calls == 1
+    assert [len(messages) for messages in result.completions] == [3, 1]
 
 
 def test_arguments_are_not_changed():

@@ -311,7 +311,14 @@ def test_trainer_still_gets_gradients(pair):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tensor_parallel_size": 2}, "vllm_tensor_parallel_size must divide the number of processes"),
+        (
+            {"tensor_parallel_size": 2},
+            r"vllm_tensor_parallel_size must divide the number of processes \(1, .*; it is 2",
+        ),
+        (
+            {"vllm_engine_kwargs": {"tensor_parallel_size": 2}},
+            r"\['tensor_parallel_size'\]: .*_tensor_parallel_size alone",
+        ),
         ({"vllm_engine_kwargs": {"quantization": "fp8"}}, r"vllm_engine_kwargs must not hold \['quantization'\]"),
     ],
 )

@@ -143,6 +143,9 @@ class SharedWeights:
             if link is None:
                 continue
             parameter = parameters.get(_address(weight))
+            if self._share_again(link, weight, parameter, parameters):
+                self.copied_bytes += weight.nbytes
+                continue
             self._note_other_memory(link, weight, parameters, SHARDED if are_sharded and parameter is None else REBOUND)
             if link.is_shared or (parameter is not None and parameter not in merged and _is_unchanged(parameter, link)):
                 continue
@@ -202,11 +205,33 @@ class SharedWeights:
             if any(storage_of(piece.target) not in live for piece in link.pieces)
         }
 
+    def _share_again(
+        self,
+        link: Link,
+        weight: Tensor,
+        parameter: nn.Parameter | None,
+        parameters: dict[tuple[int, torch.Size], nn.Parameter],
+    ) -> bool:
+        """Take back a parameter that was moved; on a CPU, accelerate's `model.to("cpu:0")` moves all of them.
+
+        Memory that others look into, too, such as the flat buffers of DeepSpeed, is left to them, and so is the
+        engine's where another parameter is in it, as when another adapter's trained copy of a module runs.
+        """
+        if not _is_moved(link, weight) or parameter is None or parameter.untyped_storage().nbytes() > parameter.nbytes:
+            return False
+        if link.view is None or link.view.shape != weight.shape or self._why_not_shared(link, weight, parameter):
+            return False
+        if _address(link.view) in parameters:
+            return False
+        link.view.copy_(weight)
+        parameter.data = link.view
+        return True
+
     def _note_other_memory(
         self, link: Link, weight: Tensor, parameters: dict[tuple[int, torch.Size], nn.Parameter], reason: str
     ) -> None:
-        """See whether a weight is still where `share` put it: not after FSDP, `model.to` or a change of adapters."""
-        is_moved = link.is_shared and (link.view is None or _address(weight) != _address(link.view))
+        """See whether a weight is still where `share` put it: not after FSDP, DeepSpeed or a change of adapters."""
+        is_moved = _is_moved(link, weight)
         owner = parameters.get(_address(link.view)) if is_moved and link.view is not None else None
         if owner is not None:
             # the parameter whose place another one takes keeps its values
@@ -284,6 +309,10 @@ def _frozen_version(parameter: nn.Parameter | None, merged: set[nn.Parameter]) -
     if parameter is None or parameter.requires_grad or parameter in merged:
         return None
     return parameter._version
+
+
+def _is_moved(link: Link, weight: Tensor) -> bool:
+    return link.is_shared and (link.view is None or _address(weight) != _address(link.view))
 
 
 def _address(tensor: Tensor) -> tuple[int, torch.Size]:

@@ -165,6 +165,11 @@ def _plain(parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         # offloaded ones are gathered on the devices
         return parameter.detach().to(parameter.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     if type(parameter).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit  # type: ignore[import-not-found]
 

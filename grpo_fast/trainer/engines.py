@@ -37,6 +37,8 @@ class EngineTrainer(BaseTrainer):
     _temperature: float
 
     def _start_engine(self) -> None:
+        if self.use_vllm:
+            _check_sharding(self.accelerator.state, has_adapters=hasattr(self.model, "peft_config"))
         self.engine = make_engine(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
@@ -110,3 +112,16 @@ class EngineTrainer(BaseTrainer):
     def _prove_engine(self) -> None:
         """See `ProofTrainer`."""
         raise NotImplementedError
+
+
+def _check_sharding(state: Any, *, has_adapters: bool) -> None:
+    """Refuse ways of sharding the policy from which vLLM's weights cannot be gathered (ValueError)."""
+    fsdp, deepspeed = (getattr(state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
+    if fsdp is not None and fsdp.fsdp_version == 1:
+        raise ValueError(
+            "use_vllm=True takes FSDP2: set fsdp_config={'version': 2}, or fsdp_version: 2 of accelerate; it is 1"
+        )
+    if deepspeed is not None and deepspeed.zero_stage == 3 and has_adapters:
+        raise ValueError(
+            "use_vllm=True takes no peft_config with deepspeed's ZeRO stage 3: use stage 2, or train all weights"
+        )

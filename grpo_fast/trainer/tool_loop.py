@@ -173,7 +173,7 @@ class ToolTrainer(BaseTrainer):
         num_calls = num_failures = num_turns = 0
         pending = [conversation for conversation in conversations if conversation.calls]
         # processes that generate together take the same number of turns, the last ones without conversations
-        while self.engine.any_in_group(bool(pending)) and num_turns < self.max_tool_calling_iterations:
+        while num_turns < self.max_tool_calling_iterations and self.engine.any_in_group(bool(pending)):
             num_turns += 1
             replies = run_calls([c.calls for c in pending], [self._row_functions(c.row) for c in pending])
             num_calls += sum(map(len, replies))
