@@ -220,9 +220,9 @@ def is_adapted(name):
 
 
 def test_why_merged():
-    def why(config, family="llama", dtype=torch.float32, on_cpu=True, changes=None, **overrides):
+    def why(config, family="llama", on_cpu=True, changes=None, **settings):
         model = adapted(family, config, **changes or {})
-        return why_merged(model, dtype=dtype, on_cpu=on_cpu, overrides=overrides)
+        return why_merged(model, {"dtype": torch.float32} | settings, on_cpu=on_cpu)
 
     untied = {"tie_word_embeddings": False}
     assert why({"target_modules": "all-linear"}) is None
@@ -231,6 +231,7 @@ def test_why_merged():
     assert why({"target_modules": ["q_proj"]}, enable_lora=True, max_num_seqs=2) is None
     assert why({"target_modules": ["q_proj"]}, dtype=torch.bfloat16, on_cpu=False) is None
     assert "the engine is float32" in why({"target_modules": ["q_proj"]}, on_cpu=False)
+    assert "vllm_tensor_parallel_size" in why({"target_modules": ["q_proj"]}, tensor_parallel_size=2)
     assert "'enable_lora': False" in why({"target_modules": ["q_proj"]}, enable_lora=False)
     assert why({"target_modules": ["q_proj"], "r": 513}) == "rank 513 is more than vLLM takes"
     assert "layers.0.self_attn.q_proj: lora_bias=True" in why(
@@ -239,9 +240,11 @@ def test_why_merged():
     assert "embed_tokens: an adapter on a Embedding" in why({"target_modules": ["embed_tokens"]}, changes=untied)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2, vocab_size=97, bos_token_id=0, eos_token_id=0))
     model = get_peft_model(gpt2, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
-    settings = {"dtype": torch.float32, "on_cpu": True}
-    assert why_merged(model, overrides={}, **settings) == "vLLM's GPT2LMHeadModel does not support LoRA"
-    assert why_merged(model, overrides={"model_impl": "transformers"}, **settings) is None
+    settings = {"dtype": torch.float32}
+    assert why_merged(model, settings, on_cpu=True) == "vLLM's GPT2LMHeadModel does not support LoRA"
+    # vLLM's own classes for images import more than its text models
+    settings["model_impl"] = "transformers"
+    assert why_merged(model, settings, on_cpu=True) is None
     vision = CLIPVisionConfig(
         hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=1, image_size=8, patch_size=4
     )
@@ -251,8 +254,7 @@ def test_why_merged():
     ]:
         llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=build("llama").config))
         model = get_peft_model(llava, LoraConfig(target_modules=targets))
-        # vLLM's own classes for images import more than its text models
-        found = why_merged(model, overrides={"model_impl": "transformers"}, **settings)
+        found = why_merged(model, settings, on_cpu=True)
         assert found == reason or found.startswith(reason)
 
 

@@ -226,7 +226,7 @@ class VLLMEngine(Engine):
         # None where vLLM runs the adapters itself, "" where there are none
         self._why_merged: str | None = ""
         if has_adapters(model):
-            self._why_merged = why_merged(model, dtype=arguments["dtype"], on_cpu=on_cpu, overrides=overrides)
+            self._why_merged = why_merged(model, arguments | overrides, on_cpu=on_cpu)
         if self._why_merged is None:
             arguments |= lora_arguments(model, overrides)
         maps: list[WeightMap] = []

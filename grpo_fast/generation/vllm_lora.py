@@ -27,20 +27,21 @@ from grpo_fast.generation.weight_map import Piece, Recorder, storage_of
 NAME, NUMBER = "policy", 1
 
 
-def why_merged(model: Any, *, dtype: torch.dtype, on_cpu: bool, overrides: dict[str, Any]) -> str | None:
+def why_merged(model: Any, settings: dict[str, Any], *, on_cpu: bool) -> str | None:
     """Why vLLM cannot run the adapters of a `PeftModel` beside its base weights, or None if it can.
 
     Args:
         model: The policy.
-        dtype: Of the engine.
+        settings: The arguments of `vllm.LLM`, the user's own among them.
         on_cpu: Whether the engine runs on a CPU.
-        overrides: The user's arguments of `vllm.LLM`.
     """
-    if not overrides.get("enable_lora", True):
+    if not settings.get("enable_lora", True):
         return "vllm_engine_kwargs={'enable_lora': False}"
-    if dtype == torch.float32 and not on_cpu:
+    if settings["dtype"] in (torch.float32, "float32", "float") and not on_cpu:
         return "vLLM's LoRA kernels take float16 and bfloat16, the engine is float32"
-    engine_class = _engine_class(model, overrides)
+    if settings.get("tensor_parallel_size", 1) > 1:
+        return "adapters in an engine over several processes (vllm_tensor_parallel_size) are not written in place"
+    engine_class = _engine_class(model, settings)
     from vllm.model_executor.models import supports_lora
 
     if engine_class is not None and not supports_lora(engine_class):
@@ -57,9 +58,9 @@ def why_merged(model: Any, *, dtype: torch.dtype, on_cpu: bool, overrides: dict[
     return None
 
 
-def lora_arguments(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+def lora_arguments(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `vllm.LLM` with which it makes room for the adapters of `model`, on the layers they cover."""
-    mapper = _mapper(_engine_class(model, overrides))
+    mapper = _mapper(_engine_class(model, settings))
     names = {name if mapper is None else mapper._map_name(name) or name for name, _ in lora_layers(model)}
     return {
         "enable_lora": True,
@@ -69,12 +70,12 @@ def lora_arguments(model: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _engine_class(model: Any, overrides: dict[str, Any]) -> Any:
+def _engine_class(model: Any, settings: dict[str, Any]) -> Any:
     """The class that vLLM runs the model as; None where it runs transformers' own, which supports LoRA."""
     from vllm.model_executor.models import ModelRegistry
 
     registered = ModelRegistry.models.get(architecture(model) or "")
-    if registered is None or overrides.get("model_impl") == "transformers":
+    if registered is None or settings.get("model_impl") == "transformers":
         return None
     return registered.load_model_cls()
 
