@@ -13,8 +13,8 @@ from grpo_fast.generation import factory, make_engine, unwrap_model_for_generati
 from grpo_fast.generation.base import check_prompts
 from grpo_fast.generation.transformers_engine import PaddedBatch, TransformersEngine, cut_after
 from grpo_fast.generation.unwrap import _without_hooks
-from grpo_fast.generation.vllm_engine import require_vllm
 from grpo_fast.generation.vllm_requests import request_seed
+from grpo_fast.generation.vllm_start import require_vllm
 from grpo_fast.generation.vllm_weights import named_weights, refuse_8bit
 
 PAD, BOS, EOS, SECOND_EOS = 0, 1, 2, 3

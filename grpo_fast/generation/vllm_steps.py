@@ -6,11 +6,14 @@ the same completions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+from grpo_fast.batch import Completions
+from grpo_fast.generation.base import GroupCallback
 from grpo_fast.generation.progress import GenerationBar
-from grpo_fast.generation.vllm_faults import EngineError
+from grpo_fast.generation.vllm_faults import EngineError, check_logps, check_request
 
 
 def run_requests(
@@ -86,3 +89,45 @@ def _abort_all(engine: Any) -> None:
     # requests for several completions go with their children, so they are not named together
     engine.abort_request(list(processor.parent_requests), internal=True)
     engine.abort_request(list(processor.request_states), internal=True)
+
+
+def vllm_prompt(prompt: list[int], images: list[Any] | None) -> dict[str, Any]:
+    """A prompt as vLLM takes it."""
+    request: dict[str, Any] = {"prompt_token_ids": prompt}
+    if images:
+        request["multi_modal_data"] = {"image": images if len(images) > 1 else images[0]}
+    return request
+
+
+def group_listener(sizes: list[int], on_group: GroupCallback) -> Callable[[int, Any], None]:
+    """What a finished request calls: `on_group` with its first row and its completions' tokens."""
+    first_rows = [0, *itertools.accumulate(sizes)]
+
+    def on_finished(place: int, output: Any) -> None:
+        ids = [list(completion.token_ids) for completion in drawn(output, sizes[place])]
+        on_group(first_rows[place], ids)
+
+    return on_finished
+
+
+def completions_of(outputs: list[Any], sizes: list[int]) -> Completions:
+    """The completions of requests for `sizes` completions each, in their order.
+
+    Raises:
+        EngineError: one has failed, or a log-prob is NaN or missing.
+    """
+    ids: list[list[int]] = []
+    logps: list[list[float]] = []
+    is_scored = True
+    for output, size in zip(outputs, sizes, strict=True):
+        prompt = len(ids)
+        check_request(output, {1, size}, prompt=prompt)
+        for completion in drawn(output, size):
+            ids.append(list(completion.token_ids))
+            flat = completion.logprobs
+            if flat is None:
+                is_scored = False
+                continue
+            logps.append([flat.logprobs[start] for start in flat.start_indices])
+            check_logps(logps[-1], prompt=prompt)
+    return Completions(ids=ids, logps=logps if is_scored else None)
