@@ -40,7 +40,7 @@ def leave_process_group(llm: Any) -> None:
 
 def shut_down(llm: Any, *, owns_process_group: bool) -> None:
     """Stop an engine; the process group ends with it only if vLLM made it."""
-    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from vllm.distributed import parallel_state
 
     client = llm.llm_engine.engine_core
     if owns_process_group:
@@ -52,9 +52,13 @@ def shut_down(llm: Any, *, owns_process_group: bool) -> None:
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         gc.unfreeze()
-    destroy_model_parallel()
+    parallel_state.destroy_model_parallel()
     if owns_process_group:
-        destroy_distributed_environment()
+        parallel_state.destroy_distributed_environment()
+    elif parallel_state._WORLD is not None:
+        # vLLM's groups of all processes, which another process group could not use
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
 
 
 def tensor_parallel_group() -> ProcessGroup:
