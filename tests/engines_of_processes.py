@@ -205,7 +205,7 @@ def fsdp2(folder):
     assert announced.args[-1] == "the policy is sharded over processes"
     # full buckets, and the weight that overfills one, with what gathering it makes besides
     largest = max(parameter.nbytes for parameter in make_policy().parameters())
-    assert max(peaks) <= bucket_bytes + 4 * largest < matrix_bytes(make_policy())
+    assert bucket_bytes <= max(peaks) <= bucket_bytes + 4 * largest < matrix_bytes(make_policy())
     close(trainer)
 
 

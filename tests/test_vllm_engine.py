@@ -314,7 +314,7 @@ def test_trainer_still_gets_gradients(pair):
     [
         (
             {"tensor_parallel_size": 2},
-            r"vllm_tensor_parallel_size must divide the number of processes \(1, .*; it is 2",
+            r"vllm_tensor_parallel_size must divide the number of processes \(1, .*is 2",
         ),
         (
             {"vllm_engine_kwargs": {"tensor_parallel_size": 2}},

@@ -1,11 +1,13 @@
 """vLLM in the processes of a launcher (two of them, gloo): DDP, tensor parallel engines, sharded policies."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
+from grpo_fast.generation.vllm_engine import VLLMEngine
 from grpo_fast.trainer.engines import _check_sharding
 from tests.processes import launch
 from tests.test_vllm_engine import EOS, tiny_model
@@ -36,24 +38,31 @@ def test_engines_follow_zero(tmp_path, stage):
 
 
 def test_an_engine_leaves_a_process_group_that_it_did_not_make(tmp_path):
-    from grpo_fast.generation.vllm_engine import VLLMEngine
+    from vllm.distributed import cleanup_dist_env_and_memory
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    def start():
+        return VLLMEngine(
+            model=tiny_model(tied=True),
+            processing_class=None,
+            dtype=torch.float32,
+            max_num_seqs=1,
+            eos_token_ids=[EOS],
+        )
+
     try:
-        for is_closed in (True, False):
-            engine = VLLMEngine(
-                model=tiny_model(tied=True),
-                processing_class=None,
-                dtype=torch.float32,
-                max_num_seqs=1,
-                eos_token_ids=[EOS],
-            )
-            if is_closed:
-                engine.close()
-            del engine
+        for number in range(2):
+            store = f"file://{tmp_path}/{number}"
+            torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+            start().close()
             assert torch.distributed.is_initialized()
+            torch.distributed.destroy_process_group()
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/last", rank=0, world_size=1)
+        # collected without being closed
+        start()
+        gc.collect()
+        assert torch.distributed.is_initialized()
     finally:
-        torch.distributed.destroy_process_group()
+        cleanup_dist_env_and_memory()
 
 
 def test_sharding_that_cannot_be_gathered_is_refused():
