@@ -44,7 +44,8 @@ class VLLMGeneration:
 
     @property
     def llm(self) -> Any:
-        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request."""
+        """The `vllm.LLM`, awake. Its log-probs are the policy's, at the temperature of the request."""
+        self.engine.wake()
         return self.engine.llm
 
     def sync_weights(self) -> None:
