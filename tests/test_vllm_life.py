@@ -102,19 +102,19 @@ def run_cycles(count, *, warm_up):
     return rss() - before[0], process.num_threads() - before[1], process.num_fds() - before[2]
 
 
-@pytest.mark.parametrize(("count", "warm_up"), [(3, 2), pytest.param(100, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "warm_up"), [(2, 2), pytest.param(100, 3, marks=pytest.mark.slow)])
 def test_engines_do_not_leak(count, warm_up):
     memory, threads, handles = run_cycles(count, warm_up=warm_up)
     assert memory < SLACK_BYTES + count * CYCLE_BYTES
-    assert (threads, handles) <= (0, 0)
+    assert threads <= 0
+    assert handles <= 0
 
 
 def test_a_dropped_trainer_takes_its_engine_along(tmp_path):
-    for _ in range(2):
-        trainer = make_trainer(tmp_path, save_strategy="no", max_steps=1)
-        trainer.train()
-        refs = [weakref.ref(trainer), weakref.ref(trainer.model), weakref.ref(trainer.engine.llm)]
-        del trainer
-        gc.collect()
-        assert [ref() for ref in refs] == [None] * 3
-        assert not torch.distributed.is_initialized()
+    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=1)
+    trainer.train()
+    refs = [weakref.ref(trainer), weakref.ref(trainer.model), weakref.ref(trainer.engine.llm)]
+    del trainer
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
+    assert not torch.distributed.is_initialized()

@@ -135,4 +135,9 @@ def test_a_rollout_takes_the_cache_once_and_training_runs_without_it(tmp_path):
     assert all(held["rollout"])
     assert held["reward"] == [0] * 3
     assert len(sleeps) == 3
+    # a script's own call between rollouts; a sleeping vLLM would wait for ever
+    assert trainer.vllm_generation.llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
+    assert kv_bytes(trainer.engine)
+    trainer.engine.generate(PROMPTS, GREEDY)
+    assert kv_bytes(trainer.engine) == 0
     trainer.engine.close()

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -318,13 +318,21 @@ class VLLMEngine(Engine):
             EngineError: the KV cache's memory could not be taken back; the engine is closed.
         """
         self._check_open()
-        with ExitStack() as stack:
-            if self._kv_cache is not None:
-                try:
-                    stack.enter_context(self._kv_cache.held())
-                except RuntimeError as error:
-                    raise self._failed(explained_wake(self._arguments)) from error
+        self.wake()
+        with nullcontext() if self._kv_cache is None else self._kv_cache.held():
             yield
+
+    def wake(self) -> None:
+        """Take the KV cache's memory until the next `awake` or `generate` ends, for calls of `llm` itself.
+
+        Raises:
+            EngineError: it could not be taken back; the engine is closed.
+        """
+        if self._kv_cache is not None:
+            try:
+                self._kv_cache.take()
+            except RuntimeError as error:
+                raise self._failed(explained_wake(self._arguments)) from error
 
     @contextmanager
     def _failing_once(self) -> Iterator[None]:
@@ -401,6 +409,7 @@ class VLLMEngine(Engine):
         self._llm = self._group = None
         if self._kv_cache is not None:
             self._kv_cache.leave()
+            self._kv_cache = None
         self._running.stop()
 
     def _check_open(self) -> None:

@@ -50,12 +50,13 @@ class VLLMGeneration:
 
     @property
     def llm(self) -> Any:
-        """The `vllm.LLM`. Its log-probs are the policy's, at the temperature of the request, LoRA adapters included.
+        """The `vllm.LLM`, awake. A server has none.
 
-        A server has none.
+        Its log-probs are the policy's, at the temperature of the request, LoRA adapters included.
         """
         if isinstance(self.engine, VLLMServer):
             raise AttributeError("vllm_mode='server' has no llm in this process; vllm_client talks to the server")
+        self.engine.wake()
         return self.engine.llm
 
     @property

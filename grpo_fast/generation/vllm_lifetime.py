@@ -44,9 +44,14 @@ class _Groups:
         self.num_users -= 1
         if self.num_users:
             return
-        if self._is_parallel_ours:
+        if not torch.distributed.is_initialized():
+            # whoever ended the process group ended all groups in it
+            for name, value in list(vars(parallel_state).items()):
+                if isinstance(value, parallel_state.GroupCoordinator):
+                    setattr(parallel_state, name, None)
+        elif self._is_parallel_ours:
             parallel_state.destroy_model_parallel()
-        if self._is_default_ours:
+        if self._is_default_ours and torch.distributed.is_initialized():
             parallel_state.destroy_distributed_environment()
         elif self._is_parallel_ours and parallel_state._WORLD is not None:
             # vLLM's own group of all ranks, which would outlive a process group that the trainer destroys

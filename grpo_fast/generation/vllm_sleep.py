@@ -48,19 +48,29 @@ def sleep_arguments(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 class KVCacheMemory:
-    """Held inside `held()`, which may be nested; free otherwise."""
+    """Taken by `take` or `held`, and free from the end of the outermost `held` on."""
 
     def __init__(self, llm: Any) -> None:
         """Release the KV cache of `llm`, which was started with `sleep_arguments`."""
         self._llm: Any = llm
         self._num_holders = 0
+        self._is_taken = True
         self._release()
+
+    def take(self) -> None:
+        """Take the memory if it is free; what it held before is gone, cached prefixes too."""
+        if self._is_taken:
+            return
+        if torch.cuda.is_available():
+            # what torch's allocator keeps for itself after training
+            torch.cuda.empty_cache()
+        self._llm.wake_up()
+        self._is_taken = True
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Take the memory for the block; its contents are gone, cached prefixes too."""
-        if not self._num_holders:
-            self._take()
+        """Hold the memory through the block, which may be nested."""
+        self.take()
         self._num_holders += 1
         try:
             yield
@@ -73,13 +83,8 @@ class KVCacheMemory:
         """The engine has stopped: there is nothing to take or release."""
         self._llm = None
 
-    def _take(self) -> None:
-        if torch.cuda.is_available():
-            # what torch's allocator keeps for itself after training
-            torch.cuda.empty_cache()
-        self._llm.wake_up()
-
     def _release(self) -> None:
         if self._llm is not None:
             # level 1 would move weights in vLLM's pool to the host: none are there
             self._llm.sleep(level=1)
+            self._is_taken = False
