@@ -80,9 +80,10 @@ def test_a_start_that_fails_leaves_nothing():
     assert not [name for name in _LOAD_FORMAT_TO_MODEL_LOADER if name.startswith("grpo_fast_")]
 
 
-# growth a cycle: the tracebacks torch keeps of each seeding of a CUDA it has not started, and the allocator's rounding
-SLACK_BYTES = 8 * 2**20
-CYCLE_BYTES = 1.5 * 2**20
+# the allocator's; measured over 30 engines, memory moves within it and does not grow
+SLACK_BYTES = 10 * 2**20
+# the tracebacks that torch keeps of each seeding of a CUDA that has not started
+CYCLE_BYTES = 2**19
 
 
 def run_cycles(count, *, warm_up):
