@@ -44,6 +44,15 @@ def test_the_trainers_own_process_group_outlives_the_engine(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_a_process_group_that_ends_first_harms_nothing():
+    engine = start(tiny())
+    torch.distributed.destroy_process_group()
+    engine.close()
+    engine = start(tiny())
+    assert engine.generate(PROMPTS, GREEDY).ids
+    engine.close()
+
+
 def test_a_dropped_engine_is_stopped():
     class Owner:
         pass
