@@ -14,10 +14,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.installed
 	$(BIN)/grpo-fast demo $(ARGS)
 
-# on models this small a second thread costs more than it brings
+# on models this small a second thread costs more than it brings, a second process nearly halves the time
+JOBS ?= 2
 test test-trl: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 # everything that compares with the installed TRL: the whole loss grid, all runs, all subclasses
 test-trl: $(VENV)/.installed
