@@ -192,6 +192,19 @@ def test_rollouts_of_another_policy_are_told_where_no_canary_sings(shared, monke
     shared.vllm_generation.temperature = 1.0
 
 
+def test_a_sampler_of_the_user_s_own_is_left_to_the_importance_weights(shared, monkeypatch):
+    own = shared._generate_single_turn
+
+    def shifted(*args, **kwargs):
+        ids, logps = own(*args, **kwargs)
+        return ids, [[logp - 1.0 for logp in row] for row in logps]
+
+    monkeypatch.setattr(shared, "_generate_single_turn", shifted)
+    run_with(shared, lambda: None)
+    line = [line for line in shared.state.log_history if "reward" in line][-1]
+    assert line["sampling/sampling_logp_difference/mean"] > 0.9
+
+
 def test_checks_can_be_switched_off(shared, monkeypatch):
     monkeypatch.setattr(shared.args, "vllm_check_interval", 0)
 

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from grpo_fast.generation import VLLMEngine
 from grpo_fast.generation.canary import Pace, Sung, sing, tolerance
 from grpo_fast.modes import evaluating
+from grpo_fast.trainer.base import replaced_methods
 from grpo_fast.trainer.engines import EngineTrainer
 from grpo_fast.trainer.scoring import ScoringTrainer
 
@@ -22,6 +23,9 @@ from grpo_fast.trainer.scoring import ScoringTrainer
 CANARY = "The canary sings: 1, 2, 3, 4,"
 # a mean over all of a step's tokens; gross errors only, since completions wander where a short prompt does not
 ROLLOUT_SLACK = 2.5
+# methods whose override may bring other rows than the engine has just drawn, as they are before anybody replaces them;
+# `rollouts` has them
+GENERATION_SEAMS: dict[str, Any] = {}
 
 
 class ProofTrainer(EngineTrainer, ScoringTrainer):
@@ -96,9 +100,9 @@ class ProofTrainer(EngineTrainer, ScoringTrainer):
         engine, mean = self.engine, metrics.get("sampling/sampling_logp_difference/mean")
         if mean is None or not isinstance(engine, VLLMEngine) or self.args.vllm_check_interval == 0:
             return
-        given = engine.sampling is not None and "temperature" in (engine.sampling.extra or {})
-        if given or self.rollout_func is not None:
-            # the user's own sampler, which the importance weights correct for
+        has_own_temperature = engine.sampling is not None and "temperature" in (engine.sampling.extra or {})
+        if has_own_temperature or self.rollout_func is not None or replaced_methods(self, GENERATION_SEAMS):
+            # the user's own sampler, or rows of an older policy, which the importance weights correct for
             return
         bound = ROLLOUT_SLACK * self._tolerance(engine)
         if not mean <= bound:

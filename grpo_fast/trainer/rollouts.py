@@ -18,7 +18,7 @@ from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
 from grpo_fast.trainer.losses import OWN, LossTrainer
 from grpo_fast.trainer.overlap import OVERLAP_SEAMS, OverlapTrainer
-from grpo_fast.trainer.proof import ProofTrainer
+from grpo_fast.trainer.proof import GENERATION_SEAMS, ProofTrainer
 
 # what a rollout function must return
 ROLLOUT_KEYS = ("prompt_ids", "completion_ids", "logprobs")
@@ -330,10 +330,11 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
 
 
 OWN |= {name: getattr(RolloutTrainer, name) for name in ("_generate_and_score_completions", "_prepare_inputs")}
-OVERLAP_SEAMS |= {
+GENERATION_SEAMS |= {
     name: getattr(RolloutTrainer, name)
-    for name in ("_generate_and_score_completions", "_generate", "_generate_single_turn")
+    for name in ("_prepare_inputs", "_generate_and_score_completions", "_generate", "_generate_single_turn")
 }
+OVERLAP_SEAMS |= {name: own for name, own in GENERATION_SEAMS.items() if name != "_prepare_inputs"}
 
 
 def _conversations(prompts: list[Prompt]) -> list[list[dict[str, Any]]]:
