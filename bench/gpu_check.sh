@@ -85,12 +85,12 @@ step rows 60 "$python" bench/bench_head.py --device cuda --repeats 1 --only ours
 step frozen 60 "$python" bench/bench_head.py --device cuda --repeats 1 --frozen --only ours --only trl --only floor \
     --shape 8192,4096,151936 --out "$out/frozen.json"
 # 7: what bounds a pass, a fused product and a gradient product
-step profile 60 ncu --clock-control none --print-summary per-kernel \
+step profile 40 ncu --clock-control none --print-summary per-kernel \
     --kernel-name 'regex:_exp_tile_kernel|_fused_exp_kernel|nvjet|gemm|cutlass' \
     --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct \
     "$python" bench/bench_tiles.py products passes fused --rows 2048 --depths 4096 --columns 4096 --vocab 16384 --repeats 1
 # 8: optimiser steps, alone and end to end
-step adamw 40 "$python" bench/bench_adamw.py --model Qwen3-0.6B --repeats 50
+step adamw 20 "$python" bench/bench_adamw.py --model Qwen3-0.6B --repeats 50
 step main-job 60 "$python" bench/bench_main_job.py --steps 12 --out "$out/main_job.json"
 
 if [ -z "$is_list" ]; then

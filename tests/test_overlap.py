@@ -121,6 +121,8 @@ def rollout(trainer, inputs, *, overlap):
     """A generation batch from fixed random states, and all that it left in metrics and logs."""
     CALLS.reset()
     trainer.args.overlap_rewards = overlap
+    # not in the rollout that happens to be the first
+    trainer.sync_engine()
     trainer._metrics["train"].clear()
     trainer._logs["extra"].clear()
     trainer.model.train()
