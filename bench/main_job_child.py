@@ -38,16 +38,18 @@ JOB: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
-# not the loss or the scoring methods: replacing those changes the path that a trainer takes
+# Not the loss or the scoring methods, and of ours not what hands a rollout on: replacing those changes the path that a
+# trainer takes. A rollout is what the first of `ROLLOUTS` that a trainer has returns.
 PHASE_OF_METHOD = {
     "training_step": "train",
-    "_prepare_inputs": "generation",
+    "_timed_rollout": "generation",
     "_generate_and_score_completions": "generation",
     "_calculate_rewards": "rewards",
     "sync_engine": "weight sync",
 }
+ROLLOUTS = ("_timed_rollout", "_generate_and_score_completions")
 # TRL's transformers path has no engine to update
-OPTIONAL_METHODS = {"sync_engine"}
+OPTIONAL_METHODS = {"sync_engine", *ROLLOUTS}
 
 
 def _now() -> tuple[float, float]:
@@ -97,7 +99,7 @@ class Probe:
         return call
 
     def observed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """`_generate_and_score_completions`, with its prompts and completion tokens noted."""
+        """A rollout, with its prompts and completion tokens noted."""
 
         def call(rows: list[dict[str, Any]]) -> Any:
             self._prompts.update(json.dumps([row["prompt"] for row in rows]).encode())
@@ -109,9 +111,11 @@ class Probe:
 
     def watch(self, trainer: Any) -> None:
         """Wrap the bound methods of `trainer` and start the first step's account."""
-        trainer._generate_and_score_completions = self.observed(trainer._generate_and_score_completions)
+        rollout = next(name for name in ROLLOUTS if hasattr(trainer, name))
+        setattr(trainer, rollout, self.observed(getattr(trainer, rollout)))
         for name, phase in PHASE_OF_METHOD.items():
-            if hasattr(trainer, name) or name not in OPTIONAL_METHODS:
+            is_there = name == rollout if name in ROLLOUTS else hasattr(trainer, name)
+            if is_there or name not in OPTIONAL_METHODS:
                 setattr(trainer, name, self.timed(getattr(trainer, name), phase))
 
     def begin(self) -> None:
