@@ -89,7 +89,9 @@ class ProofTrainer(EngineTrainer, ScoringTrainer):
 
     def _tolerance(self, engine: VLLMEngine) -> float:
         is_mixed = self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32
-        return tolerance(engine.dtype, is_mixed=is_mixed, on_cpu=self.accelerator.device.type == "cpu")
+        bound = tolerance(engine.dtype, is_mixed=is_mixed, on_cpu=self.accelerator.device.type == "cpu")
+        # logits are divided by it, and so is their rounding
+        return bound / min(self.temperature, 1.0)
 
     def _check_sampler_agreement(self, metrics: dict[str, float]) -> None:
         """Compare the log-probs of a step's rollouts, from the metrics of the sampler's importance weights.
