@@ -31,9 +31,8 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
     `num_generations=8` is one prompt a device.
 
     Raises:
-        ValueError: If sizes do not divide, a choice is unknown, a bound is out of range, settings contradict each
-            other, or ask for vLLM's server or sleep mode, which are not supported. The message names the field, what
-            was needed and what came.
+        ValueError: If sizes do not divide, a choice is unknown, a bound is out of range, or settings contradict each
+            other. The message names the field, what was needed and what came.
     """
 
     # a list, as in TRL: subclasses add theirs to it
@@ -93,7 +92,7 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
     use_vllm: bool = _help("Generate with vLLM.", False)
     vllm_mode: str = _help("'colocate': in the trainer's process; 'server': a `vllm serve` process.", "colocate")
     vllm_model_impl: str = _help("vLLM's model implementation: 'vllm' or 'transformers'.", "vllm")
-    vllm_enable_sleep_mode: bool = _help("Release vLLM's memory while training.", False)
+    vllm_enable_sleep_mode: bool = _help("Release vLLM's KV cache while training; the weights stay.", False)
     vllm_structured_outputs_regex: str | None = _help("Regular expression completions must match.", None)
     vllm_server_base_url: str | None = _help("Server mode: base URL.", None)
     vllm_server_host: str = _help("Server mode: host.", "0.0.0.0")
@@ -172,8 +171,8 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
     )
     vllm_engine_kwargs: dict[str, Any] | str | None = _help("More arguments of vLLM's LLM(...).", None)
     vllm_check_interval: int | None = _help(
-        "Optimizer steps between two comparisons of vLLM's log-probs with the trainer's; None as often as half a"
-        " percent of the run's time allows. 0 checks nothing, not even weights.",
+        "Optimizer steps between two comparisons of vLLM's log-probs with the trainer's on a canary; None as often as "
+        "0.2% of the run's time allows. 0 checks nothing, not even weights.",
         None,
     )
     log_memory: bool = _help(

@@ -168,7 +168,8 @@ def check_values(args: Any) -> None:
 
 def check_combinations(args: Any) -> None:
     """Refuse settings that contradict each other (ValueError)."""
-    if args.use_vllm and args.world_size % args.vllm_tensor_parallel_size:
+    is_colocated = args.use_vllm and args.vllm_mode == "colocate"
+    if is_colocated and args.world_size % args.vllm_tensor_parallel_size:
         raise ValueError(
             f"vllm_tensor_parallel_size must divide the number of processes ({args.world_size}); it is "
             f"{args.vllm_tensor_parallel_size}"

@@ -109,6 +109,11 @@ def test_mistakes_are_named(tmp_path, settings, message):
         make(tmp_path, **settings)
 
 
+def test_a_server_s_own_parallelism_is_no_business_of_the_trainer_s(tmp_path, caplog):
+    make(tmp_path, use_vllm=True, vllm_mode="server", vllm_tensor_parallel_size=2)
+    assert "vllm_tensor_parallel_size (needs vllm_mode='colocate')" in caplog.text
+
+
 def test_a_batch_is_not_split_over_processes(tmp_path, monkeypatch):
     make(tmp_path, accelerator_config={"split_batches": True})
     monkeypatch.setattr(GRPOConfig, "world_size", 2)

@@ -5,7 +5,7 @@ held by the first way that is possible:
 
 - *shared*: the parameter is a view into the engine's tensor;
 - *shadowed*: of another dtype (fp32 weights, bf16 engine); an optimizer that knows the shadow writes both;
-- *copied*: computed from several parameters (LoRA, 4-bit), sharded over processes, or on another device;
+- *copied*: computed from several parameters (merged LoRA, 4-bit), sharded over processes, or in others' memory;
 - *reloaded*: vLLM transforms its weights after loading (quantisation, packing), so all go through its own loader again.
 
 The engine owns the shared memory: addresses that CUDA graphs captured stay.
@@ -41,7 +41,8 @@ class Link:
         pieces: Where vLLM's loader put it.
         view: The whole weight as the engine has it, or None if it does not lie in one piece.
         is_shared: The parameter is `view`.
-        written: The parameter's version when an optimizer wrote `view`, or None.
+        written: The parameter's version when the engine last got its values, of a parameter that an optimizer writes
+            into `view`, too, or that nobody trains; otherwise None.
         reason: Why it is not shared.
     """
 
