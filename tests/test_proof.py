@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback
 
-from grpo_fast import GRPOConfig, GRPOTrainer
+from grpo_fast import GRPOTrainer
 from grpo_fast.generation import canary, shared_weights
 from grpo_fast.generation.canary import Pace
 from grpo_fast.optimizer import ShadowAdamW
-from tests.tiny_lm import make_model, make_tokenizer
+from tests import vllm_engines
+from tests.tiny_lm import make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif("not __import__('importlib').util.find_spec('vllm')")]
 
@@ -28,33 +28,15 @@ class AtStep(TrainerCallback):
 
 
 def make_trainer(folder, **settings):
-    settings = {
-        "use_cpu": True,
-        "bf16": False,
-        "use_vllm": True,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "learning_rate": 3e-2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "vllm_check_interval": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    } | settings
-    return GRPOTrainer(
-        model=make_model(seed=3, hidden_size=64, num_attention_heads=2, num_key_value_heads=2),
-        reward_funcs=lambda completions, **kwargs: [len(set(text)) / 8 for text in completions],
-        args=GRPOConfig(str(folder), **settings),
-        train_dataset=Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(10)]),
-        processing_class=make_tokenizer(),
-    )
+    # as many key-value heads as heads: projections that can be swapped
+    model = make_model(seed=3, hidden_size=64, num_attention_heads=2, num_key_value_heads=2)
+    checked = {"logging_steps": 1, "vllm_check_interval": 1, "save_strategy": "no"}
+    return vllm_engines.make_trainer(folder, model=model, **checked | settings)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A trainer whose engine shares its weights, and one whose engine has bf16 copies."""
+    """A trainer whose engine shares its weights."""
     trainer = make_trainer(tmp_path_factory.mktemp("proof"))
     yield trainer
     trainer.engine.close()
@@ -62,6 +44,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
+    """A trainer whose engine has bf16 copies."""
     trainer = make_trainer(tmp_path_factory.mktemp("proof"), vllm_engine_kwargs={"dtype": "bfloat16"}, optim="sgd")
     yield trainer
     trainer.engine.close()

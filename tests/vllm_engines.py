@@ -32,7 +32,7 @@ def variety(completions, **kwargs):
     return [len(set(text)) / 8 for text in completions]
 
 
-def make_trainer(folder, *, reward=variety, rollout_func=None, **kwargs):
+def make_trainer(folder, *, model=None, reward=variety, rollout_func=None, **kwargs):
     settings = {
         "use_cpu": True,
         "bf16": False,
@@ -48,7 +48,7 @@ def make_trainer(folder, *, reward=variety, rollout_func=None, **kwargs):
         "seed": 5,
     }
     return GRPOTrainer(
-        model=tiny(seed=3),
+        model=model or tiny(seed=3),
         reward_funcs=reward,
         args=GRPOConfig(str(folder), **settings | kwargs),
         train_dataset=Dataset.from_list([{"prompt": f"{i}+{i}="} for i in range(10)]),
