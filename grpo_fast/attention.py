@@ -49,19 +49,26 @@ _is_running_packs: ContextVar[bool] = ContextVar("is_running_packs", default=Fal
 
 
 class AttentionPlan:
-    """A layout with what the tiled back end derives from it, built at the first layer and kept for the others."""
+    """A layout on the device, with what the tiled back end derives from it at the first layer and keeps for the others.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    Attributes:
+        layout: Its tensors are on the device.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        """Take a layout that is on the host, from which tiles are made without a wait for the device."""
+        self.layout, self._host, self._device = layout.to(device), layout, device
         self._tilings: dict[tuple[int | None, int, int], Tiling] = {}
 
     def tiling(self, window: int | None, num_heads: int, num_kv_heads: int) -> Tiling:
         """The tiles for a window and head counts. Windows that reach over every segment are the same as none."""
-        if window is not None and window >= max(self.layout.key_lengths, default=0):
+        if window is not None and window >= max(self._host.key_lengths, default=0):
             window = None
         key = (window, num_heads, num_kv_heads)
         if key not in self._tilings:
-            self._tilings[key] = make_tiling(self.layout, window=window, num_heads=num_heads, num_kv_heads=num_kv_heads)
+            self._tilings[key] = make_tiling(
+                self._host, self._device, window=window, num_heads=num_heads, num_kv_heads=num_kv_heads
+            )
         return self._tilings[key]
 
 

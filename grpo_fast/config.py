@@ -166,8 +166,14 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "Most tokens of a packed forward pass (a longer row makes its own pack); None chooses by device.", None
     )
     share_prompts: str = _help(
-        "Run a prompt once for its completions of the same pack: 'always', 'never', or 'auto' where it saves a tenth.",
+        "Run a prompt once for its completions of the same pack: True ('always'), False ('never'), or 'auto' where it "
+        "saves a tenth.",
         "auto",
+    )
+    skip_zero_gradient_rows: bool = _help(
+        "Do not run rows of which nothing reaches a gradient: advantage 0, no KL, no entropy bonus, no auxiliary loss. "
+        "Metrics of the loss are then of the other rows.",
+        True,
     )
     vllm_engine_kwargs: dict[str, Any] | str | None = _help("More arguments of vLLM's LLM(...).", None)
     vllm_check_interval: int | None = _help(

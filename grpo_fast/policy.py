@@ -58,7 +58,8 @@ class ScoreRequest:
         has_entropy_slope: With `loss`: whether it slopes in the entropies.
         sequence_lengths: With `loss`: lengths of the runs of targets it wants to see whole, or None.
         width: Positions of a row that `predict` counts: the last ones, where an adapter puts its own before them.
-        return_aux_loss: Whether the load-balancing loss of a mixture of experts is wanted too.
+        aux_weights: [B, T], how often each token counts in the load-balancing loss of a mixture of experts, which is
+            then wanted too; or None.
     """
 
     predict: Tensor
@@ -69,7 +70,7 @@ class ScoreRequest:
     has_entropy_slope: bool = False
     sequence_lengths: tuple[int, ...] | None = None
     width: int
-    return_aux_loss: bool = False
+    aux_weights: Tensor | None = None
 
 
 def install_scoring(model: nn.Module) -> None:
@@ -102,7 +103,8 @@ def score(
         scored: A `Pack` or `PaddedRows`, on the model's device.
         temperature: What the logits are divided by.
         return_entropy: Whether to compute entropies.
-        return_aux_loss: Whether to compute the load-balancing loss of a mixture of experts, over all unpadded tokens.
+        return_aux_loss: Whether to compute the load-balancing loss of a mixture of experts, over all unpadded tokens of
+            the rows. It is that of the rows alone only if they are all run in full.
 
     Returns:
         logps [N] fp32, entropy [N] fp32 or None, auxiliary loss 0-dim or None. All differentiable; the logits are not
@@ -155,9 +157,17 @@ def score_loss(
     return _call(model, scored, request)
 
 
-def _request(scored: Scored, temperature: float, **wanted: Any) -> ScoreRequest:
+def _request(scored: Scored, temperature: float, *, return_aux_loss: bool, **wanted: Any) -> ScoreRequest:
+    aux_weights = None
+    if return_aux_loss:
+        aux_weights = scored.token_rows if isinstance(scored, Pack) else scored.model_inputs["attention_mask"]
     return ScoreRequest(
-        predict=scored.predict, targets=scored.targets, temperature=temperature, width=scored.width, **wanted
+        predict=scored.predict,
+        targets=scored.targets,
+        temperature=temperature,
+        width=scored.width,
+        aux_weights=aux_weights,
+        **wanted,
     )
 
 
@@ -165,7 +175,7 @@ def _call(model: nn.Module, scored: Scored, request: ScoreRequest) -> Any:
     if isinstance(scored, PaddedRows):
         return model(**scored.model_inputs, use_cache=False, score=request)
     if is_packed(model):
-        plan = AttentionPlan(scored.layout)
+        plan = AttentionPlan(scored.layout, scored.input_ids.device)
         inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids}
         with running_packs():
             return model(**inputs, use_cache=False, layout=plan, score=request)
@@ -229,6 +239,7 @@ def _check_pack(prompt: Tensor, completions: Tensor) -> Pack:
     pack = Pack(
         input_ids=torch.cat([prompt, completions[:, :-1].flatten()])[None],
         position_ids=positions[None],
+        token_rows=torch.ones_like(positions)[None],
         layout=Layout(
             cu_queries=torch.tensor([0, *queries]).cumsum(0).int(),
             cu_keys=torch.tensor([0, *key_lengths]).cumsum(0).int(),
@@ -242,6 +253,7 @@ def _check_pack(prompt: Tensor, completions: Tensor) -> Pack:
         columns=torch.arange(length).repeat(num),
         row_ids=tuple(range(num)),
         row_lengths=(length,) * num,
+        num_row_tokens=len(positions),
     )
     return pack.to(device)
 
@@ -290,7 +302,7 @@ def _scoring_lm(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         # PEFT names every argument it knows, unset ones as None
         given = {name: value for name, value in kwargs.items() if value is not None}
-        if score.return_aux_loss:
+        if score.aux_weights is not None:
             given["output_router_logits"] = True
         outputs = _backbone(self)(*args, **given)
         hidden = outputs[0][:, -score.width :].flatten(0, 1)
@@ -301,7 +313,7 @@ def _scoring_lm(original: Forward) -> Forward:
             softcap=softcap,
             logit_scale=logit_scale,
         )
-        return *results, _aux_loss(self, outputs, given) if score.return_aux_loss else None
+        return *results, None if score.aux_weights is None else _aux_loss(self, outputs, score.aux_weights)
 
     return forward
 
@@ -331,15 +343,14 @@ def aux_loss_coef(model: nn.Module, given: float | None) -> float:
     return float(coef) if is_mixture else 0.0
 
 
-def _aux_loss(lm: Any, outputs: Any, given: dict[str, Any]) -> Tensor:
-    """The load-balancing loss of a forward pass over its unpadded tokens (arXiv:2101.03961, eqs. 4 to 6)."""
+def _aux_loss(lm: Any, outputs: Any, weights: Tensor) -> Tensor:
+    """The load-balancing loss of a forward pass whose tokens count `weights` times (arXiv:2101.03961, eqs. 4 to 6)."""
     # every family of transformers takes Mixtral's
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = lm.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
-    mask = given.get("attention_mask")
-    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, mask)
+    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, weights)
 
 
 def _scoring_head(original: Forward) -> Forward:

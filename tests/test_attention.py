@@ -85,7 +85,9 @@ def draw_states(total: int, *, heads: int, kv_heads: int, value_width: int = 8) 
 
 def run_packed(states: list[Tensor], layout: Layout, **options: float | None) -> Tensor:
     layer = llama().model.layers[0].self_attn
-    return attention._packed_attention_forward(layer, *states, None, layout=AttentionPlan(layout), **options)[0]
+    return attention._packed_attention_forward(
+        layer, *states, None, layout=AttentionPlan(layout, torch.device("cpu")), **options
+    )[0]
 
 
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
@@ -150,19 +152,19 @@ def test_half_precision_states_are_multiplied_in_fp32_under_autocast_too() -> No
 
 def test_tiles_hold_a_bounded_part_of_padding() -> None:
     lengths = [(n, n) for n in (400, 390, 300, 210, 200, 120, 30, 7, 5, 3, 2)]
-    tiling = AttentionPlan(make_layout(lengths)).tiling(None, 4, 2)
+    tiling = AttentionPlan(make_layout(lengths), torch.device("cpu")).tiling(None, 4, 2)
     padded = sum(tile.size[0] * tile.size[3] * tile.size[4] for tile in tiling.tiles)
     real = sum(n * n for n, _ in lengths)
     # a quarter of the padded scores may be padding, and a few thousand where segments are short
     assert real >= 0.75 * padded - tiled_attention.FREE_PADDING
     assert all(4 * tile.size[0] * tile.size[3] * tile.size[4] <= tiled_attention.TILE_SCORES for tile in tiling.tiles)
-    assert AttentionPlan(make_layout(lengths)).tiling(None, 4, 2).restore.unique().numel() == 4 * sum(
-        n for n, _ in lengths
-    )
+    assert AttentionPlan(make_layout(lengths), torch.device("cpu")).tiling(
+        None, 4, 2
+    ).restore.unique().numel() == 4 * sum(n for n, _ in lengths)
 
 
 def test_tiles_are_built_once_a_layout_for_all_windows_that_reach_everywhere() -> None:
-    plan = AttentionPlan(make_layout(LAYOUTS["ragged"]))
+    plan = AttentionPlan(make_layout(LAYOUTS["ragged"]), torch.device("cpu"))
     assert plan.tiling(None, 4, 2) is plan.tiling(11, 4, 2)
     assert plan.tiling(None, 4, 2) is not plan.tiling(10, 4, 2)
 
@@ -182,7 +184,7 @@ def test_cuda_back_ends_equal_explicit_attention(
     exact = [s.double().requires_grad_() for s in rounded]
     states = [s.requires_grad_() for s in rounded]
     expected = explicit_attention(*exact, layout, 0.5, window, None)
-    call = attention._Call(plan=AttentionPlan(layout), scaling=0.5, window=window, softcap=None)
+    call = attention._Call(plan=AttentionPlan(layout, torch.device("cpu")), scaling=0.5, window=window, softcap=None)
     out = getattr(attention, backend)(*(s[0].transpose(0, 1) for s in states), call)[None]
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=BF16_ATOL)
     grads = torch.autograd.grad(out.float().sum(), states)
@@ -262,7 +264,7 @@ def test_calls_that_packed_attention_would_answer_wrongly_are_refused() -> None:
         model(ids, use_cache=False)
     states = draw_states(3, heads=4, kv_heads=2)
     layer = model.model.layers[0].self_attn
-    plan = AttentionPlan(layout)
+    plan = AttentionPlan(layout, torch.device("cpu"))
     with pytest.raises(ValueError, match="attention_mask must be None"):
         attention._packed_attention_forward(layer, *states, torch.ones(1, 1, 3, 3), layout=plan)
     with pytest.raises(ValueError, match=r"dropout=0\.1"):

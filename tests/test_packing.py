@@ -110,14 +110,14 @@ def test_a_shared_prompt_is_run_once(share: bool, tokens: int) -> None:
 
 def test_a_group_over_the_budget_is_split_and_each_part_repeats_the_prompt() -> None:
     prompt = list(range(1, 11))
-    packs = pack_rows([prompt] * 6, [[2] * 6] * 6, max_tokens=20, share_prompts=True)
+    packs = pack_rows([prompt] * 6, [[20 + i] * 6 for i in range(6)], max_tokens=20, share_prompts=True)
     assert [pack.input_ids.numel() for pack in packs] == [20, 20, 20]
     assert all(pack.input_ids[0, :10].tolist() == prompt for pack in packs)
 
 
 def test_auto_shares_where_at_least_a_tenth_of_the_tokens_is_saved() -> None:
     def shares(prompt_length: int) -> bool:
-        (pack,) = pack_rows([[1] * prompt_length] * 2, [[2] * 41] * 2, max_tokens=None)
+        (pack,) = pack_rows([[1] * prompt_length] * 2, [[2] * 41, [3] * 41], max_tokens=None)
         return pack.layout.key_index is not None
 
     # two rows of P + 40 tokens share P: P >= 0.1 * (2 P + 80) from P = 10 on
@@ -140,7 +140,7 @@ def test_a_completion_of_one_token_runs_its_prompt_only() -> None:
 
 def test_one_row_per_pack_makes_plain_rows_in_order() -> None:
     prompt_ids, completion_ids = ragged_rows(7)
-    packs = pack_rows(prompt_ids, completion_ids, max_tokens=64, share_prompts=True, one_row_per_pack=True)
+    packs = pack_rows(prompt_ids, completion_ids, max_tokens=1, share_prompts=False)
     assert [pack.row_ids for pack in packs] == [(row,) for row, ids in enumerate(completion_ids) if ids]
     assert all(pack.layout.key_index is None and len(pack.layout.query_lengths) == 1 for pack in packs)
 

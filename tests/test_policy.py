@@ -83,7 +83,7 @@ def packed(
     """The same from `score`."""
     prompts, completions = draw_rows()
     packs = pack_rows(
-        prompts, completions, max_tokens=max_tokens, share_prompts=share_prompts, one_row_per_pack=one_row_per_pack
+        prompts, completions, max_tokens=1 if one_row_per_pack else max_tokens, share_prompts=share_prompts
     )
     model.zero_grad()
     logps, entropies = {}, {}

@@ -27,6 +27,8 @@ CLOCKS = ("step_time", "_runtime", "_per_second")
 OURS = (
     "time/",
     "memory/",
+    "tokens/",
+    "rows/",
     "sampling/sampling_logp_difference/p99",
     "sampling/importance_sampling_ratio/unclipped_mean",
     "sampling/effective_sample_size",
@@ -172,13 +174,17 @@ def run(package: Any, script: Script, folder: Any) -> Record:
         record.completions.append(completion_ids)
         return [None] * len(completion_ids)
 
+    settings = {"output_dir": str(folder / package.__name__)}
+    if package.__name__ == "grpo_fast":
+        # metrics of all rows, as TRL's
+        settings["skip_zero_gradient_rows"] = False
     model = save_model(script.model, folder / "model")
     rows = [{"prompt": prompt, "target": i} for i, prompt in enumerate(script.prompts)]
     keeper = Keeper(record)
     trainer = trainer_class(package, script.draw)(
         model=adapted(model) if script.model == "adapted" else model,
         reward_funcs=[*script.rewards, keep],
-        args=package.GRPOConfig(**SETTINGS | {"output_dir": str(folder / package.__name__)} | script.settings),
+        args=package.GRPOConfig(**SETTINGS | settings | script.settings),
         train_dataset=IterableDataset.from_generator(lambda: iter(rows)) if script.streams else Dataset.from_list(rows),
         eval_dataset={"few": Dataset.from_list(rows[:2]), "more": Dataset.from_list(rows[2:6])},
         processing_class=make_tokenizer(),

@@ -219,7 +219,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         if args.cast_lm_head_to_fp32:
             loading.cast_lm_head_to_fp32(model)
         self.unpackable = can_pack(model)
-        self.pads_rows = self._is_vlm or self.aux_loss_enabled or adds_virtual_tokens(model)
+        self.pads_rows = self._is_vlm or adds_virtual_tokens(model)
         if self.pads_rows:
             logger.warning("%s: rows run padded, not packed", self._why_padded(model))
         elif self.unpackable is not None:
@@ -229,7 +229,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
     def _why_padded(self, model: nn.Module) -> str:
         if self._is_vlm:
             return f"{type(model).__name__} sees images"
-        return "router_aux_loss_coef counts padded micro-batches" if self.aux_loss_enabled else str(self.unpackable)
+        return str(self.unpackable)
 
     def _settle_tools(self, toolbox: Toolbox | None, rollout_func: RolloutFunc | None) -> None:
         self.toolbox, self.rollout_func = toolbox, rollout_func
@@ -263,6 +263,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         self._step = 0
         self._last_loaded_step = -1
         self._buffered_inputs = None
+        self._host_rows = []
         self._current_train_step_time = 0.0
 
     @property
@@ -304,7 +305,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; Ctrl-C or SIGTERM finishes the step and leaves a checkpoint."""
         # an earlier run may have ended within a generation batch
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._running = 0, None, None
         with self._interrupt.installed():
             return super().train(*args, **kwargs)
 
