@@ -108,7 +108,8 @@ def _pays(
     share: bool | str,
 ) -> bool:
     length = end - depth
-    is_prompt = depth == 0 and length > 0 and end >= max(prompt_lengths[row] for row in rows)
+    # or what is left of a prompt that begins as others do
+    is_prompt = depth < max(prompt_lengths[row] for row in rows) <= end
     if not is_prompt and length < MIN_PREFIX:
         return False
     saved = length * (len(rows) - 1)
