@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from grpo_fast import multimodal
 from grpo_fast.batch import Pack, PaddedRows, moved
@@ -22,6 +23,8 @@ from grpo_fast.trainer.base import replaced_methods
 from grpo_fast.trainer.scoring import ScoringTrainer, has_holes
 from grpo_kernels import PolicyLoss
 from grpo_kernels.rows import cut, joined
+
+logger = logging.get_logger(__name__)
 
 # a pass of one token, with weight 0
 Filler = None
@@ -126,6 +129,7 @@ class WindowTrainer(ScoringTrainer):
     # the micro-step at which the accumulation window ends, and the window of packs that is being run
     _window_end = 0
     _running: Window | None = None
+    _has_announced_sharing = False
 
     @property
     def steps_per_generation(self) -> int:
@@ -228,7 +232,16 @@ class WindowTrainer(ScoringTrainer):
         if len(members) == 1 and (self._runs_padded or has_holes(hosts[0].attention_mask)):
             return [self._padded_micro_batch(members[0], hosts[0])]
         rows = joined_rows([host.rows(up_to_last_scored=not self.aux_loss_enabled) for host in hosts])
-        return self._packs(rows, keep=(~is_silent).tolist())
+        batches = self._packs(rows, keep=(~is_silent).tolist())
+        self._announce_sharing(batches)
+        return batches
+
+    def _announce_sharing(self, batches: list[Pack | PaddedRows]) -> None:
+        """Say once what `share_prompts="auto"` has come to."""
+        if self.args.share_prompts == "auto" and batches and not self._has_announced_sharing:
+            self._has_announced_sharing = True
+            run, alone = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_row_tokens"))
+            logger.info(f"share_prompts='auto': {run} tokens are run for {alone} ({1 - run / alone:.0%} are shared)")
 
     def _padded_micro_batch(self, inputs: dict[str, Any], host: HostRows) -> PaddedRows:
         ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
