@@ -169,3 +169,17 @@ class PaddedRows(ScoredTokens):
     def width(self) -> int:
         """T."""
         return self.model_inputs["input_ids"].shape[1]
+
+    def to(self, device: torch.device) -> PaddedRows:
+        """The same rows with their tensors on `device`."""
+        return replace(
+            self,
+            predict=self.predict.to(device),
+            targets=self.targets.to(device),
+            rows=self.rows.to(device),
+            columns=self.columns.to(device),
+            model_inputs={
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in self.model_inputs.items()
+            },
+        )

@@ -45,7 +45,6 @@ def pack_rows(
     *,
     max_tokens: int | None,
     share_prompts: bool | Literal["auto"] = "auto",
-    one_row_per_pack: bool = False,
     keep: Sequence[bool] | None = None,
 ) -> list[Pack]:
     """Lay rows into the fewest packs a first-fit-decreasing search finds, evenly filled.
@@ -58,7 +57,6 @@ def pack_rows(
         max_tokens: Most tokens of a pack, None for no bound. A row longer than this makes a pack of its own.
         share_prompts: True lets rows with identical prompts share its tokens, "auto" only where that saves at least a
             tenth of the group's tokens. A group that exceeds the budget is split, and each part repeats the prompt.
-        one_row_per_pack: Make a pack of every row, for models that cannot run packed.
         keep: B flags, None for all rows.
 
     Returns:
@@ -67,29 +65,25 @@ def pack_rows(
     Raises:
         ValueError: If lengths differ, `max_tokens` is not positive, or a scored row has an empty prompt.
     """
-    _check(prompt_ids, completion_ids, max_tokens, share_prompts, keep)
-    rows = [i for i, completion in enumerate(completion_ids) if completion and (keep is None or keep[i])]
-    for row in rows:
-        if not prompt_ids[row]:
-            raise ValueError(f"prompt_ids[{row}] must hold at least one token: nothing predicts its completion's first")
-    if one_row_per_pack:
-        packs = [[_Unit((row,), 0)] for row in rows]
-    else:
-        units = _units(rows, prompt_ids, completion_ids, max_tokens, share_prompts)
-        bins = _fill([unit.cost for unit in units], max_tokens)
-        packs = [[units[i] for i in members] for members in bins]
+    rows = rows_to_score(prompt_ids, completion_ids, max_tokens=max_tokens, keep=keep)
+    if share_prompts not in (True, False, "auto"):
+        raise ValueError(f"share_prompts must be True, False or 'auto', got {share_prompts!r}")
+    units = _units(rows, prompt_ids, completion_ids, max_tokens, share_prompts)
+    bins = _fill([unit.cost for unit in units], max_tokens)
+    packs = [[units[i] for i in members] for members in bins]
     packs = [sorted(pack, key=lambda unit: unit.rows) for pack in packs]
     packs.sort(key=lambda pack: pack[0].rows)
     return [_build(pack, prompt_ids, completion_ids) for pack in packs]
 
 
-def _check(
+def rows_to_score(
     prompt_ids: list[list[int]],
     completion_ids: list[list[int]],
+    *,
     max_tokens: int | None,
-    share_prompts: bool | str,
     keep: Sequence[bool] | None,
-) -> None:
+) -> list[int]:
+    """The rows that `keep` keeps and that have a completion; the arguments are `pack_rows`'s, and checked."""
     if len(prompt_ids) != len(completion_ids):
         raise ValueError(
             f"completion_ids must have one list for each of the {len(prompt_ids)} prompt_ids, got {len(completion_ids)}"
@@ -98,8 +92,11 @@ def _check(
         raise ValueError(f"keep must have one flag for each of the {len(prompt_ids)} rows, got {len(keep)}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens}")
-    if share_prompts not in (True, False, "auto"):
-        raise ValueError(f"share_prompts must be True, False or 'auto', got {share_prompts!r}")
+    rows = [i for i, completion in enumerate(completion_ids) if completion and (keep is None or keep[i])]
+    for row in rows:
+        if not prompt_ids[row]:
+            raise ValueError(f"prompt_ids[{row}] must hold at least one token: nothing predicts its completion's first")
+    return rows
 
 
 def _units(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from grpo_fast import multimodal
 from grpo_fast.attention import packed_attention
 from grpo_fast.batch import Pack, PaddedRows
 from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.padding import pad_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
 from grpo_fast.trainer.base import BaseTrainer
@@ -39,7 +40,7 @@ class ScoringTrainer(BaseTrainer):
         """The attention that rows are scored with: packed, or the model's own where rows stay padded; nests."""
         before, self._is_scoring = self._is_scoring, True
         try:
-            with nullcontext() if self.pads_rows else packed_attention(model):
+            with nullcontext() if self.pads_rows or self.unpackable is not None else packed_attention(model):
                 yield
         finally:
             self._is_scoring = before
@@ -49,9 +50,9 @@ class ScoringTrainer(BaseTrainer):
         """Whether rows stay padded: where the model needs it, and where gradients are wanted outside a training step.
 
         There nobody keeps the packed attention until the backward pass, in which checkpointed layers run again, and
-        the caller expects all gradients from that pass.
+        the caller expects all gradients from that pass. Models that cannot pack need no such attention.
         """
-        return self.pads_rows or (torch.is_grad_enabled() and not self._is_scoring)
+        return self.pads_rows or (self.unpackable is None and torch.is_grad_enabled() and not self._is_scoring)
 
     def _packs(
         self,
@@ -60,20 +61,22 @@ class ScoringTrainer(BaseTrainer):
         completion_ids: Tensor,
         completion_mask: Tensor,
         loss_mask: Tensor | None = None,
-    ) -> list[Pack]:
-        """The unmasked tokens of padded rows as packs, whose columns are those of `completion_ids`.
+    ) -> Sequence[Pack | PaddedRows]:
+        """The unmasked tokens of padded rows as packs, or padded by length if the model cannot pack.
+
+        Their columns are those of `completion_ids`.
 
         All of a completion's unmasked tokens are run; with `loss_mask` only those it marks too are scored.
         """
         device = self.accelerator.device
         completion_mask = completion_mask.cpu()
-        packs = pack_rows(
-            unpadded_rows(prompt_ids, prompt_mask),
-            unpadded_rows(completion_ids, completion_mask),
-            max_tokens=self.args.max_tokens_per_pack or default_max_tokens(device),
-            share_prompts=SHARE_PROMPTS[self.args.share_prompts],
-            one_row_per_pack=self.unpackable is not None,
-        )
+        rows = unpadded_rows(prompt_ids, prompt_mask), unpadded_rows(completion_ids, completion_mask)
+        max_tokens = self.args.max_tokens_per_pack or default_max_tokens(device)
+        packs: Sequence[Pack | PaddedRows]
+        if self.unpackable is None:
+            packs = pack_rows(*rows, max_tokens=max_tokens, share_prompts=SHARE_PROMPTS[self.args.share_prompts])
+        else:
+            packs = pad_rows(*rows, max_tokens=max_tokens)
         if loss_mask is not None:
             is_wanted = loss_mask.bool().cpu()
             packs = [pack.only(is_wanted[pack.rows, pack.columns]) for pack in packs]
