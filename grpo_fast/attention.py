@@ -39,13 +39,18 @@ PACKED = "grpo_packed"
 NATIVE = "_grpo_native_attention"
 PACKABLE_LAYERS = {"full_attention", "sliding_attention", "attention"}
 DROPOUT_FIELDS = ("attention_dropout", "attn_pdrop", "attn_dropout_prob")
-# keywords by which models ask for attention that no back end here computes
-REFUSED_KEYWORDS = ("s_aux", "position_bias", "cache")
+# keywords of a model's call that reach its attention functions without meaning anything to them; any other that is set
+# asks for something that no back end here computes (sinks, biases, chosen blocks)
+HARMLESS_KEYWORDS = {"position_ids", "use_cache", "cache_position", "return_dict", "is_causal"} | {
+    f"output_{what}" for what in ("attentions", "hidden_states", "router_logits")
+}
 # FlashAttention 2 holds heads up to this width
 MAX_FLASH_WIDTH = 256
 
 
 _is_running_packs: ContextVar[bool] = ContextVar("is_running_packs", default=False)
+# the masks a model has made for a pack and the window of each, while `comparing_windows`
+_made_masks: ContextVar[list[tuple[Tensor, int | None]] | None] = ContextVar("made_masks", default=None)
 
 
 class AttentionPlan:
@@ -122,7 +127,10 @@ def can_pack(model: nn.Module) -> str | None:
         return "prompt-learning adapters prepend virtual tokens to every row"
     if config.get_text_config() is not config:
         return f"{name} has parts beside its language model"
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "use_bidirectional_attention", 0) in (
+        True,
+        "all",
+    ):
         return f"{name} attends to later tokens"
     if getattr(lm, "_is_stateful", False):
         return f"{name} carries a recurrent state from token to token"
@@ -197,6 +205,16 @@ def running_packs() -> Iterator[None]:
         _is_running_packs.reset(token)
 
 
+@contextmanager
+def comparing_windows() -> Iterator[None]:
+    """Around `running_packs`: a layer is an error whose own window is not that of the mask its model makes for it."""
+    token = _made_masks.set([])
+    try:
+        yield
+    finally:
+        _made_masks.reset(token)
+
+
 @cache
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function as torch.compile leaves it, between the compiled parts of layers: tiles follow the pack."""
@@ -209,7 +227,12 @@ def _packed_mask(*args: Any, config: Any, **kwargs: Any) -> Any:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     if _is_running_packs.get():
-        return None
+        made = _made_masks.get()
+        if made is None:
+            return None
+        mask = ALL_MASK_ATTENTION_FUNCTIONS["eager"](*args, config=config, **kwargs)
+        made.append((mask, kwargs.get("local_size")))
+        return mask
     return ALL_MASK_ATTENTION_FUNCTIONS[getattr(config, NATIVE)](*args, config=config, **kwargs)
 
 
@@ -254,12 +277,14 @@ def _packed_attention_forward(
         native = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap} | kwargs
         return _native_attention_forward(module, query, key, value, attention_mask, **native)
     if attention_mask is not None:
-        raise ValueError(f"attention_mask must be None in {name} under packed attention, got a mask")
-    wanted = [keyword for keyword in REFUSED_KEYWORDS if kwargs.get(keyword) is not None]
-    if wanted or dropout > 0 or not getattr(module, "is_causal", True):
-        wanted += [f"dropout={dropout}"] * (dropout > 0) + ["is_causal=False"] * (
-            not getattr(module, "is_causal", True)
-        )
+        _compare_window(name, attention_mask, sliding_window)
+    wanted = [key for key, given in kwargs.items() if given is not None and key not in HARMLESS_KEYWORDS]
+    wanted += [f"dropout={dropout}"] if dropout > 0 else []
+    # a call's own word overrules its layer's
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        wanted.append("is_causal=False")
+    if wanted:
         raise ValueError(f"{name} must use plain causal attention to be packed, got {', '.join(wanted)}")
     device_type = query.device.type
     if device_type != "cpu" and torch.is_autocast_enabled(device_type):
@@ -270,6 +295,16 @@ def _packed_attention_forward(
     backend = _choose_backend(query_THD, value_TKD, softcap)
     call = _Call(plan=layout, scaling=scaling, window=sliding_window, softcap=softcap)
     return backend(query_THD, key_TKD, value_TKD, call)[None], None
+
+
+def _compare_window(name: str, mask: Tensor, window: int | None) -> None:
+    for made, made_window in _made_masks.get() or ():
+        # a layer may cut the mask to its keys
+        if made.data_ptr() == mask.data_ptr():
+            if made_window == window:
+                return
+            raise ValueError(f"{name} must be given the window of its mask to be packed, {made_window}; got {window}")
+    raise ValueError(f"attention_mask must be None in {name} under packed attention, got a mask")
 
 
 def _choose_backend(query_THD: Tensor, value_TKD: Tensor, softcap: float | None) -> Callable[..., Tensor]:

@@ -151,8 +151,7 @@ class ScoredTokens:
     def to(self, device: torch.device) -> Self:
         """The same with its tensors on `device`, but for a layout, which an attention plan moves; does not wait."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tensors: dict[str, Any] = {name: moved(t, device) for name, t in fields.items() if isinstance(t, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **{name: _moved(value, device) for name, value in fields.items()})
 
     def unpack(self, values: Tensor, out: Tensor) -> Tensor:
         """Add `values` [N] into the padded `out` [B, C] at their rows and columns; differentiable, not in place."""
@@ -222,3 +221,9 @@ class PaddedRows(ScoredTokens):
     def num_run(self) -> int:
         """B T, padding included."""
         return int(self.model_inputs["input_ids"].numel())
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(entry, device) for name, entry in value.items()}
+    return moved(value, device) if isinstance(value, Tensor) else value

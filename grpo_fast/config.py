@@ -163,7 +163,7 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
 
     # grpo-fast's own
     max_tokens_per_pack: int | None = _help(
-        "Most tokens of a packed forward pass (a longer row makes its own pack); None chooses by device.", None
+        "Most tokens of a packed or padded forward pass (a longer row runs alone); None chooses by device.", None
     )
     share_prompts: str = _help(
         "Run a prompt once for its completions of the same pack: True ('always'), False ('never'), or 'auto' where it "

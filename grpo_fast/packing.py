@@ -88,9 +88,33 @@ def pack_rows(
     Raises:
         ValueError: If lengths differ, `max_tokens` is not positive, or a scored row has an empty prompt.
     """
-    check_rows(prompt_ids, completion_ids, max_tokens=max_tokens, keep=keep)
+    bodies = rows_to_run(prompt_ids, completion_ids, max_tokens=max_tokens, runs_everything=runs_everything, keep=keep)
     if share_prompts not in (True, False, "auto"):
         raise ValueError(f"share_prompts must be True, False or 'auto', got {share_prompts!r}")
+    units = _units(prompt_ids, bodies, max_tokens, share_prompts)
+    width = 0 if hidden_size is None else 6 * hidden_size
+    bins = _fill(units, max_tokens, cost=lambda unit: unit.tokens * width + unit.pairs if width else unit.tokens)
+    packs = [sorted(row for unit in members for row in unit.rows) for members in bins]
+    return [_build(rows, prompt_ids, completion_ids, bodies, share_prompts) for rows in sorted(packs)]
+
+
+def rows_to_run(
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    *,
+    max_tokens: int | None,
+    runs_everything: bool,
+    keep: Sequence[bool] | None,
+) -> dict[int, list[int]]:
+    """What is run of each completion that is scored, by row; the arguments are `pack_rows`'s, and checked."""
+    if len(prompt_ids) != len(completion_ids):
+        raise ValueError(
+            f"completion_ids must have one list for each of the {len(prompt_ids)} prompt_ids, got {len(completion_ids)}"
+        )
+    if keep is not None and len(keep) != len(prompt_ids):
+        raise ValueError(f"keep must have one flag for each of the {len(prompt_ids)} rows, got {len(keep)}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens}")
     unrun = 0 if runs_everything else 1
     bodies = {
         row: completion[: len(completion) - unrun]
@@ -100,29 +124,7 @@ def pack_rows(
     for row in bodies:
         if not prompt_ids[row]:
             raise ValueError(f"prompt_ids[{row}] must hold at least one token: nothing predicts its completion's first")
-    units = _units(prompt_ids, bodies, max_tokens, share_prompts)
-    width = 0 if hidden_size is None else 6 * hidden_size
-    bins = _fill(units, max_tokens, cost=lambda unit: unit.tokens * width + unit.pairs if width else unit.tokens)
-    packs = [sorted(row for unit in members for row in unit.rows) for members in bins]
-    return [_build(rows, prompt_ids, completion_ids, bodies, share_prompts) for rows in sorted(packs)]
-
-
-def check_rows(
-    prompt_ids: list[list[int]],
-    completion_ids: list[list[int]],
-    *,
-    max_tokens: int | None,
-    keep: Sequence[bool] | None,
-) -> None:
-    """Refuse rows that do not fit each other, and a budget that is none (ValueError)."""
-    if len(prompt_ids) != len(completion_ids):
-        raise ValueError(
-            f"completion_ids must have one list for each of the {len(prompt_ids)} prompt_ids, got {len(completion_ids)}"
-        )
-    if keep is not None and len(keep) != len(prompt_ids):
-        raise ValueError(f"keep must have one flag for each of the {len(prompt_ids)} rows, got {len(keep)}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens}")
+    return bodies
 
 
 def _units(

@@ -11,8 +11,8 @@ behave as before. Nothing is replaced in classes.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -25,24 +25,30 @@ from grpo_fast.attention import (
     attention_implementation,
     can_pack,
     causal_lm,
+    comparing_windows,
     is_packed,
     packed_attention,
     running_packs,
 )
-from grpo_fast.batch import Layout, Pack, PaddedRows
-from grpo_fast.modes import evaluating
+from grpo_fast.batch import Pack, PaddedRows
+from grpo_fast.modes import evaluating, training
+from grpo_fast.packing import pack_rows
+from grpo_fast.padding import pad_rows
 from grpo_kernels import linear_logps, linear_loss
 from grpo_kernels.linear_loss import RowsLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# what Gemma, RecurrentGemma and xLSTM call the soft cap on their logits
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 Forward = Callable[..., Any]
 Scored = Pack | PaddedRows
 
-# tokens of the self-check: one prompt, two completions
+# tokens of the self-check: one prompt, two completions of different lengths
 CHECK_PROMPT = 4
-CHECK_COMPLETION = 3
+CHECK_COMPLETIONS = (6, 9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +102,7 @@ def score(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, and on request more, of some rows' tokens under `model`.
 
-    Inside `packed_attention` any pack can be scored; outside it padded rows, or one row, with the model's attention.
+    A pack is scored inside `packed_attention`, padded rows with the model's own attention inside and outside of it.
 
     Args:
         model: The model `install_scoring` was called on, or a wrapper around it.
@@ -111,7 +117,7 @@ def score(
         computed as a whole.
 
     Raises:
-        ValueError: If a pack holds several rows and the model is outside `packed_attention`.
+        ValueError: If `scored` is a pack and the model is outside `packed_attention`.
     """
     request = _request(scored, temperature, return_entropy=return_entropy, return_aux_loss=return_aux_loss)
     return _call(model, scored, request)
@@ -174,88 +180,97 @@ def _request(scored: Scored, temperature: float, *, return_aux_loss: bool, **wan
 def _call(model: nn.Module, scored: Scored, request: ScoreRequest) -> Any:
     if isinstance(scored, PaddedRows):
         return model(**scored.model_inputs, use_cache=False, score=request)
-    if is_packed(model):
-        plan = AttentionPlan(scored.layout, scored.input_ids.device)
-        inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids}
-        with running_packs():
-            return model(**inputs, use_cache=False, layout=plan, score=request)
-    if len(scored.layout.query_lengths) != 1 or scored.layout.key_index is not None:
-        raise ValueError(
-            "pack must hold one row outside packed_attention, "
-            f"got {len(scored.row_ids)} rows in {len(scored.layout.query_lengths)} segments"
-        )
-    return model(input_ids=scored.input_ids, use_cache=False, score=request)
+    if not is_packed(model):
+        raise ValueError("scored must be PaddedRows outside packed_attention, got a Pack")
+    plan = AttentionPlan(scored.layout, scored.input_ids.device)
+    inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids}
+    with running_packs():
+        return model(**inputs, use_cache=False, layout=plan, score=request)
 
 
-def check_scoring(model: nn.Module) -> None:
-    """Compare scores with the model's own logits on a dozen random tokens, packed where the model can be packed.
+def check_scoring(model: nn.Module) -> str | None:
+    """Settle how a model's rows run, by comparing scores with its own logits on some two dozen random tokens.
 
-    Runs two small forward passes in evaluation mode without gradients, and leaves the random state alone.
+    Rows run packed where that gives the model's own log-probs, and padded where that does and packing does not. Runs a
+    few small forward passes without gradients, and leaves modes and the random state alone.
+
+    Returns:
+        Why the model cannot be packed, in words, or None if it can.
 
     Raises:
-        ValueError: If they differ: the model does something to its logits or between its tokens that is not known here.
+        ValueError: If padded rows' scores differ too: the model does something to its logits or between its tokens that
+            is not known here.
     """
     lm = causal_lm(model)
     device = lm.get_input_embeddings().weight.device
+    vocabulary = min(lm.get_input_embeddings().weight.shape[0], lm.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
-    num_tokens = CHECK_PROMPT + 2 * CHECK_COMPLETION
-    ids = torch.randint(0, lm.get_input_embeddings().weight.shape[0], (num_tokens,), generator=generator)
-    ids = ids.clamp_(max=lm.config.get_text_config().vocab_size - 1).to(device)
-    prompt, completions = ids[:CHECK_PROMPT], ids[CHECK_PROMPT:].view(2, CHECK_COMPLETION)
-    rows = torch.cat([prompt.expand(2, -1), completions], 1)
-    packs = [_check_pack(prompt, completions)]
-    packable = can_pack(model) is None
-    if not packable:
-        packs = [_check_pack(prompt, completion[None]) for completion in completions]
-    with evaluating(model), torch.no_grad():
+    ids = torch.randint(0, vocabulary, (CHECK_PROMPT + sum(CHECK_COMPLETIONS),), generator=generator)
+    prompt, *completions = (part.tolist() for part in ids.split([CHECK_PROMPT, *CHECK_COMPLETIONS]))
+    prompts = [prompt] * len(completions)
+    unpackable = can_pack(model)
+    devices = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.no_grad(), torch.random.fork_rng(**devices):
+        if unpackable is None:
+            (pack,) = pack_rows(prompts, completions, max_tokens=None, share_prompts=True)
+            unpackable = _why_packs_differ(model, pack.to(device), prompt, completions)
+        if unpackable is not None:
+            (rows,) = pad_rows(prompts, completions, max_tokens=None)
+            with evaluating(model):
+                error, allowed = _error(model, rows.to(device), _own_logits(model, prompt, completions, device))
+            if not error <= allowed:
+                raise ValueError(
+                    f"model must compute its logits as its LM head times the last hidden states, with the soft cap and "
+                    f"scale of its config, and from a row's own earlier tokens: {type(lm).__name__}'s own log-probs "
+                    f"differ from that by {error:.3g} (allowed {allowed:.3g})"
+                )
+    return unpackable
+
+
+def _why_packs_differ(model: nn.Module, pack: Pack, prompt: list[int], completions: list[list[int]]) -> str | None:
+    """How a model's scores of a pack differ from its own log-probs, or what keeps it from running packs; or None."""
+    name = type(causal_lm(model)).__name__
+    try:
         # torch's own attention leaves out a soft cap on scores without a word
-        with attention_implementation(model, "eager") if packable else nullcontext():
-            logits = model(input_ids=rows, use_cache=False).logits[:, CHECK_PROMPT - 1 : -1].float()
-        with packed_attention(model) if packable else nullcontext():
-            logps = torch.cat([score(model, pack, temperature=1.0)[0] for pack in packs])
-    expected = logits.log_softmax(-1).gather(-1, completions[:, :, None]).flatten()
-    tolerance = 1e-4 + 8 * _precision(model) * max(1.0, logits.abs().max().item())
-    # the median, because a mixture of experts in bf16 may route a token otherwise
-    error = (logps.float() - expected.to(logps.device)).abs().median().item()
-    if not error <= tolerance:
-        raise ValueError(
-            f"model must compute its logits as its LM head times the last hidden states, with the soft cap and scale "
-            f"of its config: {type(lm).__name__}'s own log-probs differ from that by {error:.3g} "
-            f"(allowed {tolerance:.3g})"
-        )
+        with evaluating(model), attention_implementation(model, "eager"):
+            own = _own_logits(model, prompt, completions, pack.input_ids.device)
+        with packed_attention(model):
+            with evaluating(model):
+                error, allowed = _error(model, pack, own)
+            # a window may reach over the whole pack, and dropout acts in training only
+            with training(model), comparing_windows():
+                score(model, pack, temperature=1.0)
+    # whatever keeps a model from running packs, its padded rows are checked next
+    except Exception as exception:
+        return f"{name} does not run packs: {exception}"
+    if error <= allowed:
+        return None
+    return f"{name}'s scores of a pack differ from its own log-probs by {error:.3g} (allowed {allowed:.3g})"
 
 
-def _check_pack(prompt: Tensor, completions: Tensor) -> Pack:
-    """Completions of one prompt: its tokens once, or a plain row where there is one completion."""
-    num, length = completions.shape
-    start, body = len(prompt), length - 1
-    device = prompt.device
-    keys = [torch.arange(start)]
-    keys += [torch.cat([keys[0], torch.arange(body) + start + i * body]) for i in range(num)]
-    queries = (start, *[body] * num) if num > 1 else (start + body,)
-    key_lengths = tuple(len(key) for key in keys) if num > 1 else queries
-    positions = torch.cat([torch.arange(start), *[torch.arange(body) + start] * num])
-    predict = [p for i in range(num) for p in (start - 1, *range(start + i * body, start + (i + 1) * body))]
-    pack = Pack(
-        input_ids=torch.cat([prompt, completions[:, :-1].flatten()])[None],
-        position_ids=positions[None],
-        token_rows=torch.ones_like(positions)[None],
-        layout=Layout(
-            cu_queries=torch.tensor([0, *queries]).cumsum(0).int(),
-            cu_keys=torch.tensor([0, *key_lengths]).cumsum(0).int(),
-            key_index=torch.cat(keys) if num > 1 else None,
-            query_lengths=queries,
-            key_lengths=key_lengths,
-        ),
-        predict=torch.tensor(predict),
-        targets=completions.flatten(),
-        rows=torch.arange(num).repeat_interleave(length),
-        columns=torch.arange(length).repeat(num),
-        row_ids=tuple(range(num)),
-        row_lengths=(length,) * num,
-        num_row_tokens=len(positions),
-    )
-    return pack.to(device)
+def _own_logits(
+    model: nn.Module, prompt: list[int], completions: list[list[int]], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """For each completion its ids [C] and the logits [C, V] fp32 that predict them, of its row alone."""
+    rows = []
+    for completion in completions:
+        ids = torch.tensor([prompt + completion], device=device)
+        # from the end, because an adapter may put positions of its own before the row
+        logits = model(input_ids=ids, use_cache=False).logits[0, -len(completion) - 1 : -1].float()
+        rows.append((ids[0, len(prompt) :].to(logits.device), logits))
+    return rows
+
+
+def _error(model: nn.Module, scored: Scored, own: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """How far a completion's scores are from its own log-probs, the worst of all; and how far they may be."""
+    found = score(model, scored, temperature=1.0)[0].split(scored.row_lengths)
+    largest = max(logits.abs().max().item() for _, logits in own)
+    errors = []
+    for logps, (ids, logits) in zip(found, own, strict=True):
+        expected = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        # the median, because a mixture of experts in bf16 may route a token otherwise
+        errors.append((logps.float() - expected.to(logps.device)).abs().median().item())
+    return max(errors, key=lambda error: (math.isnan(error), error)), 1e-4 + 8 * _precision(model) * max(1.0, largest)
 
 
 def _precision(model: nn.Module) -> float:
@@ -320,9 +335,13 @@ def _scoring_lm(original: Forward) -> Forward:
 
 def _backbone(lm: Any) -> nn.Module:
     """What turns token ids, and images, into hidden states."""
-    decoder = lm.get_decoder()
-    is_multimodal = lm.config.get_text_config() is not lm.config
-    return lm.base_model if is_multimodal or decoder is lm else decoder
+    if lm.config.get_text_config() is not lm.config:
+        return lm.base_model
+    # models name it as they like; a "decoder" may be the LM head
+    for module in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
+        if isinstance(module, nn.Module) and module is not lm and module is not lm.get_output_embeddings():
+            return module
+    raise ValueError(f"model must keep its decoder under its base_model_prefix, {type(lm).__name__} does not")
 
 
 def aux_loss_coef(model: nn.Module, given: float | None) -> float:
@@ -366,6 +385,11 @@ def _scoring_head(original: Forward) -> Forward:
         if score is None:
             return original(self, input, *args, **kwargs)
         targets = score.targets.to(input.device)
+        if input.shape[-1] != self.weight.shape[-1]:
+            raise ValueError(
+                "model must compute its logits as its LM head times the last hidden states: the head takes "
+                f"{self.weight.shape[-1]} columns, these have {input.shape[-1]}"
+            )
         if score.loss is not None:
             trained = linear_loss(
                 input,
@@ -403,4 +427,6 @@ def _logit_transform(config: PreTrainedConfig) -> tuple[float | None, float]:
     # HyperCLOVA X multiplies by the field that Granite and MiniCPM divide by
     scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    return getattr(config, "final_logit_softcapping", None), scale
+    scale /= getattr(config, "logits_mup_width_multiplier", None) or 1.0
+    softcaps = (getattr(config, name, None) for name in SOFTCAP_FIELDS)
+    return next((softcap for softcap in softcaps if softcap is not None), None), scale

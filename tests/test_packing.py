@@ -199,13 +199,6 @@ def test_a_completion_of_one_token_runs_its_prompt_only() -> None:
     assert (pack.predict.tolist(), pack.targets.tolist()) == ([2], [9])
 
 
-def test_one_row_per_pack_makes_plain_rows_in_order() -> None:
-    prompt_ids, completion_ids = ragged_rows(7)
-    packs = pack_rows(prompt_ids, completion_ids, max_tokens=1, share_prompts=False)
-    assert [pack.row_ids for pack in packs] == [(row,) for row, ids in enumerate(completion_ids) if ids]
-    assert all(pack.layout.key_index is None and len(pack.layout.query_lengths) == 1 for pack in packs)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 
 from tests.tiny_lm import CHARACTERS, make_model, make_tokenizer
 
@@ -147,7 +156,40 @@ def save_moe(folder):
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
-SAVED = {"llama": save_llama, "adapted": save_llama, "moe": save_moe}
+def save_falcon(folder):
+    """Attention that cannot be replaced, with ALiBi."""
+    torch.manual_seed(1)
+    config = FalconConfig(
+        vocab_size=len(CHARACTERS) + 3,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        alibi=True,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    FalconForCausalLM(config).save_pretrained(folder)
+
+
+def save_mamba(folder):
+    """A recurrent state."""
+    torch.manual_seed(1)
+    config = MambaConfig(
+        vocab_size=len(CHARACTERS) + 3,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    MambaForCausalLM(config).save_pretrained(folder)
+
+
+SAVED = {"llama": save_llama, "adapted": save_llama, "moe": save_moe, "falcon": save_falcon, "mamba": save_mamba}
 
 
 def save_model(name: str, folder: Any) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.utils import logging
 
 from grpo_fast import adapters, data, loading, reference
-from grpo_fast.attention import adds_virtual_tokens, can_pack
+from grpo_fast.attention import adds_virtual_tokens
 from grpo_fast.compatibility import refuse_patched_library
 from grpo_fast.completions import CompletionLog
 from grpo_fast.config import GRPOConfig, as_dict
@@ -215,15 +215,15 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         if args.disable_dropout:
             loading.disable_dropout(model)
         install_scoring(model)
-        check_scoring(model)
+        self.unpackable = check_scoring(model)
         if args.cast_lm_head_to_fp32:
             loading.cast_lm_head_to_fp32(model)
-        self.unpackable = can_pack(model)
         self.pads_rows = self._is_vlm or adds_virtual_tokens(model)
         if self.pads_rows:
             logger.warning("%s: rows run padded, not packed", self._why_padded(model))
         elif self.unpackable is not None:
-            logger.warning("%s cannot be packed (%s): rows run one by one", type(model).__name__, self.unpackable)
+            name = type(model).__name__
+            logger.warning("%s cannot be packed (%s): rows run padded, sorted by length", name, self.unpackable)
         return model
 
     def _why_padded(self, model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from grpo_fast.attention import causal_lm, packed_attention
 from grpo_fast.batch import Pack, PaddedRows, moved
 from grpo_fast.host_rows import Rows
 from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.padding import pad_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
 from grpo_fast.trainer.base import BaseTrainer
@@ -40,7 +41,7 @@ class ScoringTrainer(BaseTrainer):
         """The attention that rows are scored with: packed, or the model's own where rows stay padded; nests."""
         before, self._is_scoring = self._is_scoring, True
         try:
-            with nullcontext() if self.pads_rows else packed_attention(model):
+            with nullcontext() if self.pads_rows or self.unpackable is not None else packed_attention(model):
                 yield
         finally:
             self._is_scoring = before
@@ -50,27 +51,35 @@ class ScoringTrainer(BaseTrainer):
         """Whether rows stay padded: where the model needs it, and where gradients are wanted outside a training step.
 
         There nobody keeps the packed attention until the backward pass, in which checkpointed layers run again, and
-        the caller expects all gradients from that pass.
+        the caller expects all gradients from that pass. Models that cannot pack need no such attention.
         """
-        return self.pads_rows or (torch.is_grad_enabled() and not self._is_scoring)
+        return self.pads_rows or (self.unpackable is None and torch.is_grad_enabled() and not self._is_scoring)
 
     def _packs(self, rows: Rows, *, keep: Sequence[bool] | None = None) -> list[Pack | PaddedRows]:
-        """Rows as packs, whose columns are those of the padded completions; all in one where an auxiliary loss counts.
+        """Rows as packs, or padded by length if the model cannot pack; all in one where an auxiliary loss counts.
+
+        Their columns are those of the padded completions.
 
         All of a completion's tokens are run; those that `rows.is_scored` marks are scored.
         """
         device = self.accelerator.device
         counts_tokens = self.aux_loss_enabled
-        max_tokens = None if counts_tokens else self.args.max_tokens_per_pack or default_max_tokens(device)
-        packs = pack_rows(
-            rows.prompt_ids,
-            rows.completion_ids,
-            max_tokens=1 if self.unpackable else max_tokens,
-            share_prompts=self.unpackable is None and SHARE_PROMPTS[self.args.share_prompts],
-            hidden_size=getattr(causal_lm(self.model).config.get_text_config(), "hidden_size", None),
-            runs_everything=counts_tokens,
-            keep=keep,
-        )
+        common: dict[str, Any] = {
+            "max_tokens": None if counts_tokens else self.args.max_tokens_per_pack or default_max_tokens(device),
+            "runs_everything": counts_tokens,
+            "keep": keep,
+        }
+        packs: Sequence[Pack | PaddedRows]
+        if self.unpackable is None:
+            packs = pack_rows(
+                rows.prompt_ids,
+                rows.completion_ids,
+                share_prompts=SHARE_PROMPTS[self.args.share_prompts],
+                hidden_size=getattr(causal_lm(self.model).config.get_text_config(), "hidden_size", None),
+                **common,
+            )
+        else:
+            packs = pad_rows(rows.prompt_ids, rows.completion_ids, **common)
         wanted = [pack.only(rows.is_scored[pack.rows, pack.columns]) for pack in packs]
         return [pack.to(device) for pack in wanted if pack.targets.numel() or counts_tokens]
 
