@@ -12,6 +12,7 @@ in a rollout processes exchange tensors of equal sizes.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from torch import Tensor
-from transformers.utils import logging
 
 from grpo_fast.data import Prompt
 from grpo_fast.metrics import RowMean
@@ -37,7 +37,7 @@ from grpo_fast.trainer.base import replaced_methods
 from grpo_fast.trainer.dataloaders import DataTrainer
 from grpo_fast.trainer.rollouts import RolloutTrainer
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 PLACE_FILE = "dynamic_sampling.json"
 # methods whose override may choose the training rows, as they are before anybody replaces them
@@ -162,8 +162,10 @@ class RefillTrainer(RolloutTrainer):
         replaced = replaced_methods(self, DATA_SEAMS)
         if replaced:
             logger.warning(
-                "dynamic_sampling_rounds takes further prompts from a pass of its own over train_dataset, in which "
-                f"{', '.join(replaced)} of {type(self).__name__} have no say"
+                "dynamic_sampling_rounds takes further prompts from a pass of its own over train_dataset: %s of %s do "
+                "not choose them",
+                ", ".join(replaced),
+                type(self).__name__,
             )
         place, self._further_place, self._further_source = self._further_place, None, dataset
         if place is None:
