@@ -192,6 +192,13 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "must not need the other groups, the main thread, or torch's global random state.",
         False,
     )
+    dynamic_sampling_rounds: int = _help(
+        "DAPO: further rollouts, at most this many a generation, that replace groups without a signal; 0 is off. Each "
+        "generates as many prompts as such groups are left, from a pass of its own over train_dataset. A step costs "
+        "more generation, s + s^2 + ... of it where a share s of the groups has no signal, in small batches one after "
+        "another; and the training pass has more rows with a gradient. Metrics are of all that was rolled out.",
+        0,
+    )
 
     def __post_init__(self) -> None:
         """Fill derived values, and check everything that can be checked without data or a model."""

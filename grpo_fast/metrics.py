@@ -180,10 +180,26 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
+class RowMean(float):
+    """A mean that knows of how many values it is, for `mean_without_nan`."""
+
+    num_rows: float
+
+    def __new__(cls, mean: float, num_rows: float) -> RowMean:
+        """A float as any other, with `num_rows`."""
+        self = super().__new__(cls, mean)
+        self.num_rows = num_rows
+        return self
+
+
 def mean_without_nan(values: list[float]) -> float | None:
-    """The mean of what is not NaN, or None: JSON loggers refuse NaN."""
+    """The mean of what is not NaN, where a `RowMean` counts `num_rows` times; or None: JSON loggers refuse NaN."""
     valid = [value for value in values if not math.isnan(value)]
-    return sum(valid) / len(valid) if valid else None
+    weights = [getattr(value, "num_rows", 1) for value in valid]
+    if sum(weights) == 0:
+        weights = [1] * len(valid)
+    weighted = [weight * value for weight, value in zip(weights, valid, strict=True)]
+    return sum(weighted) / sum(weights) if valid else None
 
 
 class PhaseTimer:

@@ -22,6 +22,7 @@ OURS = {
     "log_memory",
     "overlap_rewards",
     "skip_zero_gradient_rows",
+    "dynamic_sampling_rounds",
 }
 
 

@@ -40,7 +40,7 @@ def rows():
 
 def build(package, folder, make_class=None, *, model=None, rewards=(digits, column), dataset=None, **kwargs):
     """A trainer; `model` is a folder or makes one."""
-    names = ("processing_class", "tools", "callbacks", "eval_dataset", "script")
+    names = ("processing_class", "tools", "callbacks", "eval_dataset", "script", "rollout_func", "environment_factory")
     arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
     settings = {
         "output_dir": str(folder / package.__name__),

@@ -31,8 +31,8 @@ from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
 from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from TRL's module of this name
 from grpo_fast.trainer.optimizers import OptimizerTrainer
+from grpo_fast.trainer.refilling import RefillTrainer
 from grpo_fast.trainer.reporting import ReportingTrainer
-from grpo_fast.trainer.rollouts import RolloutTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +47,7 @@ RolloutFunc = Callable[[list[Any], "GRPOTrainer"], dict[str, Any]]
 EnvironmentFactory = Callable[[], SupportsReset]
 
 
-class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
+class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) with TRL 1.16's arguments and numbers.
 
     Args:
@@ -256,7 +256,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         self._entropy_window_stats = None
         self.timer = PhaseTimer(make_meter(args.device) if args.log_memory else None)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._logs = CompletionLog(max_rows=args.generation_batch_size or 0)
+        self._logs = CompletionLog(max_rows=(args.generation_batch_size or 0) * (1 + args.dynamic_sampling_rounds))
         self._pending_stats: list[Stats] = []
         self._pending_metrics = defaultdict(list)
         self._pending_extra_logs = defaultdict(list)

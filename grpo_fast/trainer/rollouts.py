@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from grpo_fast import multimodal
 from grpo_fast.adapters import reference_adapter
-from grpo_fast.advantages import group_advantages, nanstd, weighted_rewards
+from grpo_fast.advantages import Advantages, group_advantages, nanstd, weighted_rewards
 from grpo_fast.completions import CompletionLog
 from grpo_fast.data import Prompt, is_conversational, tokenize_prompts
 from grpo_fast.host_rows import HostRows
@@ -308,13 +308,7 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         """This process's advantages [B], after logging what the rewards of all processes say."""
         rewards = rewards.cpu()
         weights = self.reward_weights.cpu()
-        result = group_advantages(
-            rewards,
-            weights,
-            num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
-            scale_rewards=self.scale_rewards,
-            aggregation=self.multi_objective_aggregation,
-        )
+        result = self._group_advantages(rewards)
         metrics, logs = self._metrics[self._mode], self._logs
         for i, name in enumerate(self.reward_func_names):
             metrics[f"rewards/{name}/mean"].append(rewards[:, i].nanmean().item())
@@ -330,6 +324,16 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         self._flush_user_logs(len(prompts))
         start = self.accelerator.process_index * len(prompts)
         return result.advantages[start : start + len(prompts)].to(self.accelerator.device)
+
+    def _group_advantages(self, rewards: Tensor) -> Advantages:
+        """What rewards [N, functions] of all processes, on the host, say of their rows."""
+        return group_advantages(
+            rewards,
+            self.reward_weights.cpu(),
+            num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
+            scale_rewards=self.scale_rewards,
+            aggregation=self.multi_objective_aggregation,
+        )
 
 
 OWN |= {name: getattr(RolloutTrainer, name) for name in ("_generate_and_score_completions", "_prepare_inputs")}
