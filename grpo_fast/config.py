@@ -163,7 +163,8 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
 
     # grpo-fast's own
     max_tokens_per_pack: int | None = _help(
-        "Most tokens of a packed forward pass (a longer row makes its own pack); None chooses by device.", None
+        "Most tokens of a packed forward pass (a longer row makes its own pack); None goes by device and free memory.",
+        None,
     )
     share_prompts: str = _help(
         "Run a prompt once for its completions of the same pack: 'always', 'never', or 'auto' where it saves a tenth.",
@@ -185,6 +186,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "once a group, not once a batch, and in another thread, one call at a time (async ones side by side): they "
         "must not need the other groups, the main thread, or torch's global random state.",
         False,
+    )
+    checkpointed_layers: int | None = _help(
+        "gradient_checkpointing: how many of the model's layers, from the first on, recompute; None as few as the free "
+        "memory allows.",
+        None,
     )
 
     def __post_init__(self) -> None:

@@ -158,6 +158,7 @@ class LossTrainer(ScoringTrainer):
         total, stats = torch.zeros((), device=mask.device), base_stats(objective, inputs, mask)
         if not batches:
             return self._zero_loss(model, inputs), stats
+        self._plan_checkpointing(batches)
         for i, scored in enumerate(batches):
             is_last = i == len(batches) - 1
             parts = RowsLoss(scored.rows, scored.columns, inputs, weights_B=weights, objective=objective, bonus=bonus)

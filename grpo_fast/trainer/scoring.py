@@ -13,23 +13,21 @@ from transformers.utils import logging
 from grpo_fast import multimodal
 from grpo_fast.attention import packed_attention
 from grpo_fast.batch import Pack, PaddedRows
-from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.packing import pack_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
-from grpo_fast.trainer.base import BaseTrainer
+from grpo_fast.trainer.memory_planning import MemoryTrainer
 
 logger = logging.get_logger(__name__)
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
 
-class ScoringTrainer(BaseTrainer):
+class ScoringTrainer(MemoryTrainer):
     """The part of `GRPOTrainer` that turns rows into what the policy runs on."""
 
     temperature: float
     aux_loss_enabled: bool
-    unpackable: str | None
-    pads_rows: bool
 
     # whether `_scoring_attention` is in force
     _is_scoring = False
@@ -70,7 +68,7 @@ class ScoringTrainer(BaseTrainer):
         packs = pack_rows(
             unpadded_rows(prompt_ids, prompt_mask),
             unpadded_rows(completion_ids, completion_mask),
-            max_tokens=self.args.max_tokens_per_pack or default_max_tokens(device),
+            max_tokens=self._max_tokens_per_pack(),
             share_prompts=SHARE_PROMPTS[self.args.share_prompts],
             one_row_per_pack=self.unpackable is not None,
         )
@@ -181,6 +179,7 @@ class ScoringTrainer(BaseTrainer):
         """The scores of all batches, put into `logps` [B, C] of zeros and others like it."""
         entropies = torch.zeros_like(logps) if compute_entropy else None
         aux_losses = []
+        self._plan_checkpointing(batches, together=True)
         for i, scored in enumerate(batches):
             # what processes exchange in a forward pass they exchange once, however many passes each makes
             is_last = i == len(batches) - 1 and torch.is_grad_enabled()
