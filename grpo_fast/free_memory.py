@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 # files of a control group: limit, usage, and the key in memory.stat of the file pages that go when memory is short
@@ -18,8 +23,9 @@ def free_bytes(device: torch.device) -> int | None:
     """Bytes that new tensors on `device` can take, or None where nothing says.
 
     On an accelerator what the driver has left, and what torch's allocator holds without using it, fragments included.
-    Nothing waits for the device. On a CPU what the system could give without swapping, and no more than what is left of
-    any limit on the control groups that the process is in.
+    Nothing waits for the device. On a CPU what the system could give without swapping, no more than what is left of any
+    limit on the control groups that the process is in; and what the C library keeps of memory that was freed, without
+    which a process would seem to lose what its last step took.
     """
     if device.type == "cpu":
         return _free_host_bytes()
@@ -31,12 +37,17 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _free_host_bytes() -> int | None:
+    available = _bytes_in(MEMINFO, "MemAvailable")
+    return None if available is None else min([available, *_left_of_limits()]) + _kept_by_c_library()
+
+
+def _bytes_in(file: Path, name: str) -> int | None:
+    """A field in kB of a file of /proc."""
     try:
-        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+        return int(fields[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    return min([available, *_left_of_limits()])
 
 
 def _left_of_limits() -> list[int]:
@@ -67,3 +78,33 @@ def _left_of_limit(folder: Path, limit: str, usage: str, reclaimable: str) -> li
         return []
     # "max": none; version 1 has a number larger than any memory
     return [] if bound == "max" else [max(0, int(bound) - used + int(stat.get(reclaimable, 0)))]
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], Any] | None:
+    """What glibc counts of its memory, since 2.33; None elsewhere. Other allocators leave it at nothing."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is not None:
+        function.restype = _Mallinfo
+    return function
+
+
+def _kept_by_c_library() -> int:
+    """Bytes that are free and still resident: pages that `malloc_trim` gave back count as free blocks, too."""
+    count, resident = _mallinfo(), _bytes_in(STATUS, "RssAnon")
+    if count is None or resident is None:
+        return 0
+    info = count()
+    return max(0, min(info.fordblks, resident - info.uordblks - info.hblkhd))

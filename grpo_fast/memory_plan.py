@@ -115,8 +115,10 @@ def peak_bytes(cost: ActivationCost, tokens: int, checkpointed: int) -> int:
     return round(peak)
 
 
-def least_layers(cost: ActivationCost, tokens: int, usable_bytes: float, choices: Iterable[int] | None = None) -> int:
-    """How many layers recompute: as few as let a pack of so many tokens fit, or what needs least where nothing fits.
+def plan_for(
+    cost: ActivationCost, tokens: int, usable_bytes: float, choices: Iterable[int] | None = None
+) -> MemoryPlan:
+    """How many layers recompute: as few as let a pack fit, or what needs least where nothing fits.
 
     Args:
         cost: Of the model.
@@ -124,8 +126,14 @@ def least_layers(cost: ActivationCost, tokens: int, usable_bytes: float, choices
         usable_bytes: What the pack may take.
         choices: Numbers of layers to choose from, ascending; None for all from 0 to L.
     """
-    peaks = {k: peak_bytes(cost, tokens, k) for k in (range(len(cost.layers) + 1) if choices is None else choices)}
-    return next((k for k, peak in peaks.items() if peak <= usable_bytes), min(peaks, key=lambda k: (peaks[k], k)))
+    plans = []
+    for k in range(len(cost.layers) + 1) if choices is None else choices:
+        needed = peak_bytes(cost, tokens, k)
+        made = MemoryPlan(max_tokens=tokens, checkpointed_layers=k, peak_bytes=needed, fits=needed <= usable_bytes)
+        if made.fits:
+            return made
+        plans.append(made)
+    return min(plans, key=lambda plan: plan.peak_bytes)
 
 
 def plan(
@@ -147,20 +155,14 @@ def plan(
         usable_bytes: What a pack may take.
         cap: Largest budget.
         overhead_tokens: The tokens that cost as much as a pass of any length does beside its tokens.
-        choices: As in `least_layers`.
+        choices: As in `plan_for`.
 
     Returns:
         The plan. Where not even the smallest budget fits, that one, with the layers that need least.
     """
-    choices = list(range(len(cost.layers) + 1) if choices is None else choices)
+    choices = None if choices is None else list(choices)
     budgets = [tokens for i in range(64) if MIN_BUDGET <= (tokens := 2**i) < cap] + [cap]
-    plans = []
-    for tokens in budgets:
-        k = least_layers(cost, tokens, usable_bytes, choices)
-        needed = peak_bytes(cost, tokens, k)
-        plans.append(
-            MemoryPlan(max_tokens=tokens, checkpointed_layers=k, peak_bytes=needed, fits=needed <= usable_bytes)
-        )
+    plans = [plan_for(cost, tokens, usable_bytes, choices) for tokens in budgets]
 
     def time(plan: MemoryPlan) -> float:
         share = plan.checkpointed_layers / max(1, len(cost.layers))

@@ -120,7 +120,9 @@ def test_layers_within_layers_follow_the_outer_one():
 def test_more_layers_than_there_are_is_refused():
     check_count(falcon(), None)
     check_count(llama(), 2)
-    with pytest.raises(ValueError, match="checkpointed_layers must be at most 2, the layers of LlamaForCausalLM .* is 3"):
+    with pytest.raises(
+        ValueError, match=r"checkpointed_layers must be at most 2, the layers of LlamaForCausalLM .* is 3"
+    ):
         check_count(llama(), 3)
 
 
@@ -219,7 +221,10 @@ def test_a_probe_leaves_no_trace():
     assert norm.replaced is replaced
     without = lora()
     install_scoring(without)
-    assert held.layers[0].held.per_token > measure(without, run_on(without, False), SIZES_MEASURED).layers[0].held.per_token
+    assert (
+        held.layers[0].held.per_token
+        > measure(without, run_on(without, False), SIZES_MEASURED).layers[0].held.per_token
+    )
 
 
 def test_a_probe_needs_no_more_memory_than_an_evaluation():

@@ -1,5 +1,7 @@
 """What the system and the control groups around this process leave."""
 
+import ctypes
+import gc
 import mmap
 import sys
 
@@ -28,6 +30,7 @@ def system(tmp_path, monkeypatch):
         monkeypatch.setattr(free_memory, "MEMINFO", tmp_path / "meminfo")
         monkeypatch.setattr(free_memory, "OWN_CGROUPS", tmp_path / "own")
         monkeypatch.setattr(free_memory, "CGROUPS", tmp_path / "groups")
+        monkeypatch.setattr(free_memory, "STATUS", tmp_path / "no status")
         return free_bytes(CPU)
 
     return make
@@ -84,15 +87,44 @@ def test_unreadable(tmp_path, monkeypatch):
 
 @linux
 def test_real_pages_are_missed():
-    """Others on the machine may take or free memory meanwhile: half of what is taken must be seen."""
-    size = 512 * MIB
-    before = free_bytes(CPU)
-    pages = mmap.mmap(-1, size)
-    for place in range(0, size, mmap.PAGESIZE):
-        pages[place] = 1
-    after = free_bytes(CPU)
-    pages.close()
-    assert before - after > size / 2
+    """Others on the machine take and free memory meanwhile: once in some tries that is less than half of this."""
+    size = 256 * MIB
+
+    def difference():
+        before = free_bytes(CPU)
+        pages = mmap.mmap(-1, size)
+        for place in range(0, size, mmap.PAGESIZE):
+            pages[place] = 1
+        after = free_bytes(CPU)
+        pages.close()
+        return before - after
+
+    assert any(abs(difference() - size) < size / 2 for _ in range(10))
+
+
+@linux
+@pytest.mark.skipif(free_memory._mallinfo() is None, reason="not the C library that keeps count")
+def test_memory_that_the_c_library_keeps_counts_as_free():
+    """In blocks too small for pages of their own, held down by one that lives."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+    libc.free.argtypes = (ctypes.c_void_p,)
+    gc.collect()
+    libc.malloc_trim(0)
+    size, before = 64 * MIB, free_memory._kept_by_c_library()
+    blocks = [libc.malloc(2**16) for _ in range(size // 2**16)]
+    for block in blocks:
+        libc.memset(block, 1, 2**16)
+    # what others allocate meanwhile may lie in between
+    assert free_memory._kept_by_c_library() - before < size / 4
+    last = blocks.pop()
+    for block in blocks:
+        libc.free(block)
+    assert free_memory._kept_by_c_library() - before > size * 3 / 4
+    libc.free(last)
+    libc.malloc_trim(0)
+    assert free_memory._kept_by_c_library() - before < size / 4
 
 
 @pytest.mark.gpu

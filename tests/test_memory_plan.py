@@ -8,9 +8,9 @@ from grpo_fast.memory_plan import (
     LayerCost,
     MemoryPlan,
     Size,
-    least_layers,
     peak_bytes,
     plan,
+    plan_for,
 )
 
 L = 10
@@ -19,6 +19,12 @@ LAYER = LayerCost(held=Size(per_token=100), kept=Size(per_token=10))
 COST = ActivationCost(layers=(LAYER,) * L)
 # gradients of the layer that the backward pass is in
 GRADIENTS = 50
+
+
+def least_layers(cost, tokens, usable, choices=None):
+    made = plan_for(cost, tokens, usable, choices)
+    assert made.fits == (peak_bytes(cost, tokens, made.checkpointed_layers) <= usable)
+    return made.checkpointed_layers
 
 
 def decide(usable, *, cost=COST, cap=1024, overhead=1.0, choices=None):

@@ -15,7 +15,7 @@ from grpo_fast import activations
 from grpo_fast.attention import AttentionPlan, causal_lm, packed_attention, running_packs
 from grpo_fast.batch import Pack, PaddedRows
 from grpo_fast.free_memory import free_bytes
-from grpo_fast.memory_plan import RESERVED_SHARE, ActivationCost, MemoryPlan, least_layers, peak_bytes, plan
+from grpo_fast.memory_plan import RESERVED_SHARE, ActivationCost, MemoryPlan, plan, plan_for
 from grpo_fast.packing import default_max_tokens, pack_rows
 from grpo_fast.trainer.base import BaseTrainer
 
@@ -25,8 +25,9 @@ GIB = 2**30
 # tokens of the two packs that are measured, and of their rows
 PROBE_TOKENS = (64, 192)
 PROBE_ROW = 16
-# tokens that cost as much as a pass of any length does beside its tokens: kernel launches, weights rounded, gradients
-# added up. On an accelerator with 300 products a byte, some 30 bytes of a weight's traffic; on a CPU as measured
+# tokens that cost as much as a pass of any length does beside its tokens. An accelerator moves some 16 bytes a weight
+# to read and round it and to add up its gradient; a token takes 6 operations a weight, of which an H100 does 150 in the
+# time of a byte: 16 x 150 / 6. On a CPU as measured
 PASS_OVERHEAD = {"cpu": 8, "accelerator": 400}
 # tensors of a weight's size that an optimizer keeps of it: AdamW's two moments
 STATE_COPIES = 2
@@ -52,6 +53,7 @@ class MemoryTrainer(BaseTrainer):
     _token_budget: int | None = None
     # None: layers stay as they are
     _adaptive: _Adaptive | None = None
+    _is_shortage_said = False
 
     def _max_tokens_per_pack(self) -> int:
         """The budget of a pack: what the user says, else what training began with."""
@@ -70,23 +72,31 @@ class MemoryTrainer(BaseTrainer):
         adapts = args.gradient_checkpointing and args.checkpointed_layers is None
         if args.max_tokens_per_pack is not None and not adapts:
             return
-        obstacle, cap = self._planning_obstacle(), default_max_tokens(self.accelerator.device)
-        chosen = None
-        if obstacle is None:
-            cost = activations.measure(self.model, self._run_probe, PROBE_TOKENS)
-            chosen = self._first_plan(cost, cap)
-        if args.max_tokens_per_pack is None:
-            budget = torch.tensor([chosen.max_tokens if chosen else cap], device=self.accelerator.device)
-            self._token_budget = int(self.accelerator.gather(budget).min())
-            self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": {"max_tokens": self._token_budget}}
-        if chosen is not None:
-            # another process may have less memory
-            chosen = _plan_of(cost, self._max_tokens_per_pack(), self._usable_bytes(), self._choices(cost))
-            if adapts:
-                self._adaptive = _Adaptive(cost=cost, first=chosen)
-                activations.checkpoint_layers(self.model, chosen.checkpointed_layers)
-        if args.should_log:
-            self._announce_plan(chosen, obstacle)
+        obstacle = self._planning_obstacle()
+        if obstacle is not None:
+            self._settle_budget(default_max_tokens(self.accelerator.device))
+            logger.info(
+                "packs of up to %d tokens, gradient checkpointing as transformers has it: %s",
+                self._max_tokens_per_pack(),
+                obstacle,
+            )
+            return
+        cost = activations.measure(self.model, self._run_probe, PROBE_TOKENS)
+        usable, choices = self._usable_bytes(), self._choices(cost)
+        self._settle_budget(self._best_budget(cost, usable, choices))
+        first = plan_for(cost, self._max_tokens_per_pack(), usable, choices)
+        if adapts:
+            self._adaptive = _Adaptive(cost=cost, first=first)
+            activations.checkpoint_layers(self.model, first.checkpointed_layers)
+        facts = (
+            f"packs of up to {first.max_tokens} tokens, which need {first.peak_bytes / GIB:.2f} GiB of the "
+            f"{usable / GIB:.2f} GiB that are free for them with {first.checkpointed_layers} of {len(cost.layers)} "
+            "layers recomputed"
+        )
+        if first.fits:
+            logger.info(facts)
+        else:
+            logger.warning(f"memory is short: {facts}")
 
     def _planning_obstacle(self) -> str | None:
         """Why this run's memory cannot be planned, or None."""
@@ -107,27 +117,29 @@ class MemoryTrainer(BaseTrainer):
             return f"nothing says how much memory of {self.accelerator.device.type} is free"
         return None
 
-    def _first_plan(self, cost: ActivationCost, cap: int) -> MemoryPlan:
-        """For packs of the run's budget: the user's or the checkpoint's, or the one that is best where neither is."""
-        usable, choices = self._usable_bytes(), self._choices(cost)
-        given = self.args.max_tokens_per_pack
-        if given is not None:
-            return _plan_of(cost, given, usable, choices)
-        overhead = PASS_OVERHEAD["cpu" if self.accelerator.device.type == "cpu" else "accelerator"]
-        best = plan(cost, usable, cap=cap, overhead_tokens=overhead, choices=choices)
+    def _settle_budget(self, wanted: int) -> None:
+        """The smallest that a process wants, where the user says none; kept with the run's checkpoints."""
+        if self.args.max_tokens_per_pack is None:
+            budgets = self.accelerator.gather(torch.tensor([wanted], device=self.accelerator.device))
+            self._token_budget = int(budgets.min())
+            self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": {"max_tokens": self._token_budget}}
+
+    def _best_budget(self, cost: ActivationCost, usable: float, choices: Sequence[int]) -> int:
+        """The checkpoint's if there is one and it fits, else what costs least time."""
+        device = self.accelerator.device
+        overhead = PASS_OVERHEAD["cpu" if device.type == "cpu" else "accelerator"]
+        best = plan(cost, usable, cap=default_max_tokens(device), overhead_tokens=overhead, choices=choices).max_tokens
         saved = self.state.stateful_callbacks.get(STATE_KEY)
         if saved is None:
             return best
-        same = _plan_of(cost, saved["attributes"]["max_tokens"], usable, choices)
-        if same.fits or same.max_tokens <= best.max_tokens:
-            return same
-        logger.warning(
-            "the checkpoint was written with packs of up to %d tokens, of which %d fit the memory there is: the "
-            "resumed run's sums are taken in another order",
-            same.max_tokens,
-            best.max_tokens,
-        )
-        return best
+        budget: int = saved["attributes"]["max_tokens"]
+        if budget > best and not plan_for(cost, budget, usable, choices).fits:
+            logger.warning(
+                f"the checkpoint was written with packs of up to {budget} tokens, of which {best} fit the memory there "
+                "is: the resumed run's sums are taken in another order"
+            )
+            return best
+        return budget
 
     def _choices(self, cost: ActivationCost) -> Sequence[int]:
         """Numbers of layers that may recompute."""
@@ -136,25 +148,6 @@ class MemoryTrainer(BaseTrainer):
         if self.args.checkpointed_layers is not None:
             return [self.args.checkpointed_layers]
         return range(len(cost.layers) + 1)
-
-    def _announce_plan(self, chosen: MemoryPlan | None, obstacle: str | None) -> None:
-        if chosen is None:
-            logger.info(
-                "packs of up to %d tokens, and gradient checkpointing as transformers has it: %s",
-                self._max_tokens_per_pack(),
-                obstacle,
-            )
-            return
-        needed, usable = chosen.peak_bytes / GIB, self._usable_bytes() / GIB
-        facts = (
-            f"packs of up to {self._max_tokens_per_pack()} tokens, which need {needed:.2f} GiB of the {usable:.2f} GiB "
-            f"that are free for them with {chosen.checkpointed_layers} of "
-            f"{len(activations.decoder_layers(self.model))} layers recomputed"
-        )
-        if chosen.fits:
-            logger.info(facts)
-        else:
-            logger.warning(f"memory is short: {facts}")
 
     def _plan_checkpointing(self, batches: Iterable[Pack | PaddedRows], *, together: bool = False) -> None:
         """Let as many layers recompute as the largest of these batches needs, before the first of them runs.
@@ -172,24 +165,29 @@ class MemoryTrainer(BaseTrainer):
             activations.checkpoint_layers(self.model, num_layers)
             return
         widths = [batch.width for batch in batches]
-        tokens, usable = sum(widths) if together else max(widths, default=0), self._usable_bytes()
-        k = least_layers(cost, tokens, usable)
-        if self.args.torch_compile:
+        usable = self._usable_bytes()
+        step = plan_for(cost, sum(widths) if together else max(widths, default=0), usable)
+        if self.args.torch_compile and step.checkpointed_layers != first.checkpointed_layers:
             # each further choice would be compiled anew
-            k = first.checkpointed_layers if k <= first.checkpointed_layers else num_layers
-        needed = peak_bytes(cost, tokens, k)
-        if needed > usable:
-            logger.warning_once(
-                f"a pack of {tokens} tokens may not fit the memory: it needs {needed / GIB:.2f} GiB of the "
-                f"{usable / GIB:.2f} GiB that are free for it, with {k} of {num_layers} layers recomputed; lower "
-                "max_completion_length, or free memory"
+            is_less = step.checkpointed_layers < first.checkpointed_layers
+            step = plan_for(cost, step.max_tokens, usable, [first.checkpointed_layers if is_less else num_layers])
+        if not step.fits and not self._is_shortage_said:
+            self._is_shortage_said = True
+            logger.warning(
+                f"a pack of {step.max_tokens} tokens may not fit the memory: it needs {step.peak_bytes / GIB:.2f} GiB "
+                f"of the {usable / GIB:.2f} GiB that are free for it with {step.checkpointed_layers} of {num_layers} "
+                "layers recomputed; lower max_completion_length, or free memory"
             )
-        activations.checkpoint_layers(self.model, k)
+        activations.checkpoint_layers(self.model, step.checkpointed_layers)
 
     def _usable_bytes(self) -> float:
         """What a pack may take now: what is free, less what the step will allocate and keep, less a reserve."""
-        free = free_bytes(self.accelerator.device)
-        return (1 - RESERVED_SHARE) * max(0, (free or 0) - self._coming_bytes())
+        device = self.accelerator.device
+        free = free_bytes(device) or 0
+        if device.type == "cpu":
+            # the others may run on this machine, and see the same memory
+            free //= self.accelerator.num_processes
+        return (1 - RESERVED_SHARE) * max(0, free - self._coming_bytes())
 
     def _coming_bytes(self) -> int:
         """Gradients and optimizer state that do not exist yet."""
@@ -229,12 +227,6 @@ class MemoryPlanning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer._plan_memory()
-
-
-def _plan_of(cost: ActivationCost, tokens: int, usable: float, choices: Sequence[int]) -> MemoryPlan:
-    k = least_layers(cost, tokens, usable, choices)
-    needed = peak_bytes(cost, tokens, k)
-    return MemoryPlan(max_tokens=tokens, checkpointed_layers=k, peak_bytes=needed, fits=needed <= usable)
 
 
 def _bytes(tensor: Tensor) -> int:
