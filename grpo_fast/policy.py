@@ -319,7 +319,7 @@ def _scoring_lm(original: Forward) -> Forward:
         given = {name: value for name, value in kwargs.items() if value is not None}
         if score.aux_weights is not None:
             given["output_router_logits"] = True
-        outputs = _backbone(self)(*args, **given)
+        outputs = backbone(self)(*args, **given)
         hidden = outputs[0][:, -score.width :].flatten(0, 1)
         softcap, logit_scale = _logit_transform(self.config.get_text_config())
         results = self.get_output_embeddings()(
@@ -333,7 +333,7 @@ def _scoring_lm(original: Forward) -> Forward:
     return forward
 
 
-def _backbone(lm: Any) -> nn.Module:
+def backbone(lm: Any) -> nn.Module:
     """What turns token ids, and images, into hidden states."""
     if lm.config.get_text_config() is not lm.config:
         return lm.base_model

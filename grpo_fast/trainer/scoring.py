@@ -14,24 +14,22 @@ from grpo_fast import multimodal
 from grpo_fast.attention import causal_lm, packed_attention
 from grpo_fast.batch import Pack, PaddedRows, moved
 from grpo_fast.host_rows import Rows
-from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.packing import pack_rows
 from grpo_fast.padding import pad_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
-from grpo_fast.trainer.base import BaseTrainer
+from grpo_fast.trainer.memory_planning import MemoryTrainer
 
 logger = logging.get_logger(__name__)
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
 
-class ScoringTrainer(BaseTrainer):
+class ScoringTrainer(MemoryTrainer):
     """The part of `GRPOTrainer` that turns rows into what the policy runs on."""
 
     temperature: float
     aux_loss_enabled: bool
-    unpackable: str | None
-    pads_rows: bool
 
     # whether `_scoring_attention` is in force
     _is_scoring = False
@@ -65,7 +63,7 @@ class ScoringTrainer(BaseTrainer):
         device = self.accelerator.device
         counts_tokens = self.aux_loss_enabled
         common: dict[str, Any] = {
-            "max_tokens": None if counts_tokens else self.args.max_tokens_per_pack or default_max_tokens(device),
+            "max_tokens": None if counts_tokens else self._max_tokens_per_pack(),
             "runs_everything": counts_tokens,
             "keep": keep,
         }
@@ -185,6 +183,7 @@ class ScoringTrainer(BaseTrainer):
         """The scores of all batches, put into `logps` [B, C] of zeros and others like it."""
         entropies = torch.zeros_like(logps) if compute_entropy else None
         aux_losses = []
+        self._plan_checkpointing(batches, together=True)
         for i, scored in enumerate(batches):
             # what processes exchange in a forward pass they exchange once, however many passes each makes
             is_last = i == len(batches) - 1 and torch.is_grad_enabled()
