@@ -15,6 +15,7 @@ from grpo_fast import activations
 from grpo_fast.attention import AttentionPlan, causal_lm, packed_attention, running_packs
 from grpo_fast.batch import Pack, PaddedRows
 from grpo_fast.free_memory import free_bytes
+from grpo_fast.generation.vllm_weights import is_sharded
 from grpo_fast.memory_plan import RESERVED_SHARE, ActivationCost, MemoryPlan, plan, plan_for
 from grpo_fast.packing import default_max_tokens, pack_rows
 from grpo_fast.policy import backbone
@@ -99,10 +100,15 @@ class MemoryTrainer(BaseTrainer):
         else:
             logger.warning(f"memory is short: {facts}")
 
+    @property
+    def _shares_weights(self) -> bool:
+        """Whether a forward pass needs all processes, since they share the model's weights out."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.model)
+
     def _planning_obstacle(self) -> str | None:
         """Why this run's memory cannot be planned, or None."""
         name = type(causal_lm(self.model)).__name__
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._shares_weights:
             return "the policy is sharded over processes"
         if self.pads_rows:
             return "rows run padded"

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 from grpo_fast import multimodal
 from grpo_fast.batch import Pack, PaddedRows, moved
-from grpo_fast.generation.vllm_weights import is_sharded
 from grpo_fast.host_rows import HostRows, joined_rows
 from grpo_fast.loss import Bonus, Objective, row_weights
 from grpo_fast.trainer.base import replaced_methods
@@ -263,11 +262,6 @@ class WindowTrainer(ScoringTrainer):
             passes = [Filler]
         ends = [len(passes) * (i + 1) // num_members for i in range(num_members)]
         return [passes[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-    @property
-    def _shares_weights(self) -> bool:
-        """Whether a forward pass needs all processes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.model)
 
     # -- what it weighs ------------------------------------------------------------------------------------------------
 
