@@ -205,6 +205,9 @@ class LossTrainer(ScoringTrainer):
             **multimodal.fields_of(inputs),
         )
         assert entropies is not None
+        has_no_graph = torch.is_grad_enabled() and not logps.requires_grad
+        # its forward pass meets the other processes', which they have made before they gather entropies
+        no_loss = self._zero_loss(model, inputs) if has_no_graph else 0.0
         mask = _loss_mask(inputs)
         rows, columns = mask.nonzero(as_tuple=True)
         logps_N, entropies_N = logps[rows, columns], entropies[rows, columns]
@@ -218,10 +221,7 @@ class LossTrainer(ScoringTrainer):
         parts = RowsLoss(rows, columns, inputs, weights_B=weights, objective=objective, bonus=bonus)
         terms = parts.differentiable(logps_N.float(), entropies_N.float())
         stats = base_stats(objective, inputs, mask) + parts.stats(logps_N.float(), entropies_N.float(), terms)
-        loss = self._with_aux_loss(terms.loss.sum(), rest[0] if rest else None, stats)
-        if torch.is_grad_enabled() and not logps.requires_grad:
-            loss = loss + self._zero_loss(model, inputs)
-        return loss, stats
+        return self._with_aux_loss(terms.loss.sum() + no_loss, rest[0] if rest else None, stats), stats
 
     def _with_aux_loss(self, loss: Tensor, aux_loss: Tensor | None, stats: Stats) -> Tensor:
         if aux_loss is None:
