@@ -253,6 +253,9 @@ class LossTrainer(WindowTrainer):
             **multimodal.fields_of(inputs),
         )
         assert entropies is not None
+        has_no_graph = torch.is_grad_enabled() and not logps.requires_grad
+        # its forward pass meets the other processes', which they have made before they gather entropies
+        no_loss = self._zero_loss(model) if has_no_graph else 0.0
         mask = loss_mask(inputs)
         is_scored = self._host(inputs).loss_mask
         rows, columns = (moved(index, mask.device) for index in is_scored.nonzero(as_tuple=True))
@@ -267,9 +270,7 @@ class LossTrainer(WindowTrainer):
         parts = RowsLoss(rows, columns, lengths, inputs, weights_B=weights, objective=objective, bonus=bonus)
         terms = parts.differentiable(logps_N.float(), entropies_N.float())
         stats = base_stats(objective, inputs, mask) + parts.stats(logps_N.float(), entropies_N.float(), terms)
-        loss = self._with_aux_loss(terms.loss.sum(), rest[0] if rest else None, stats)
-        if torch.is_grad_enabled() and not logps.requires_grad:
-            loss = loss + self._zero_loss(model)
+        loss = self._with_aux_loss(terms.loss.sum() + no_loss, rest[0] if rest else None, stats)
         self._record([stats], objective)
         return loss
 
