@@ -21,6 +21,7 @@ OURS = {
     "vllm_engine_kwargs",
     "log_memory",
     "overlap_rewards",
+    "dynamic_sampling_rounds",
 }
 
 
