@@ -5,7 +5,7 @@ Two things show it:
 - The advantages: no token in the loss has one other than 0 (`silent_groups`). That holds whoever computed them, and
   also where rewards differ but every completion with an advantage is masked.
 - The rewards (`equal_rewards`), where the advantages are what they give. Zeros alone would miss groups of equal
-  rewards: the fp32 mean of six times 0.1 is not 0.1, and `normalize_then_sum` subtracts the rounded mean of a batch.
+  rewards: the fp32 mean of eight times 0.1 is not 0.1, and `normalize_then_sum` subtracts the rounded mean of a batch.
   Such advantages are noise of that size, blown up by the division by a std of 0 plus 1e-4.
 
 Letters: B rows, G completions a prompt (consecutive rows), C padded completion length, N rows of all processes,
