@@ -1,4 +1,4 @@
-"""However the rows of an optimizer step are ordered, split into micro-batches, packed or let share prompts: one gradient.
+"""However the rows of an optimizer step are ordered, split into micro-batches, packed or share prompts: one gradient.
 
 Random row sets of every loss type, each against the padded float64 oracle, which has them in another grouping.
 
