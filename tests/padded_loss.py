@@ -8,7 +8,7 @@ Letters: B rows, C padded completion length.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -144,10 +144,14 @@ def gamma_weight(log_ratio: Tensor, weights: Tensor | None, inputs: Inputs) -> T
 
 def is_on_policy(logps: Tensor, inputs: Inputs, threshold: float) -> Tensor:
     """1 where a row stays in the policy term. [B, 1] or [B, C]."""
+    return ((inputs.advantages >= 0) | (mean_drift(logps, inputs) <= threshold)).double()
+
+
+def mean_drift(logps: Tensor, inputs: Inputs) -> Tensor:
+    """How much less probable than to the sampler, or else the old policy, a row's tokens are. [B, 1]."""
     reference = inputs.old_logps if inputs.sampling_logps is None else inputs.sampling_logps
     drift = (reference - logps.detach()).nan_to_num(nan=0.0) * inputs.mask
-    mean = drift.sum(1, keepdim=True) / inputs.mask.sum(1, keepdim=True).clamp(min=1)
-    return ((inputs.advantages >= 0) | (mean <= threshold)).double()
+    return drift.sum(1, keepdim=True) / inputs.mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def sampler_weights(inputs: Inputs, settings: Settings) -> Tensor | None:
@@ -177,3 +181,22 @@ def token_weights(inputs: Inputs, settings: Settings) -> Tensor | float:
     if settings.loss_type == "luspo":
         return 1 / (num_rows * inputs.accumulation)
     return inputs.steps_per_generation / (inputs.num_items * inputs.accumulation)
+
+
+def bounds_of(logps: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    """How far each quantity is from a bound at which the gradient jumps: where rounding decides, that is 0. [...]."""
+    mask = inputs.mask.double()
+    log_ratio = (logps - inputs.old_logps) * mask
+    if settings.importance_sampling_level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    bounds = [1 - settings.epsilon_low, 1 + settings.epsilon_high, settings.delta or 1 + settings.epsilon_high]
+    if settings.loss_type == "cispo":
+        bounds = [settings.epsilon_high]
+    gaps = [(log_ratio.exp() - bound).abs().flatten() for bound in bounds]
+    if settings.importance_mode is not None:
+        unclipped = sampler_weights(inputs, replace(settings, clip_min=None, clip_max=None))
+        assert unclipped is not None
+        gaps += [(unclipped - bound).abs().flatten() for bound in (settings.clip_min, settings.clip_max) if bound]
+    if settings.off_policy_mask_threshold is not None:
+        gaps.append((mean_drift(logps, inputs) - settings.off_policy_mask_threshold).abs().flatten())
+    return torch.cat(gaps)
