@@ -372,7 +372,8 @@ class LossTrainer(WindowTrainer):
         pending = self._pending_stats.copy()
         self._pending_stats.clear()
         gathered = self.accelerator.gather(torch.stack([stats.vector() for stats in pending])[None]).cpu()
-        for name, value in (*self._metrics_of(gathered), *work_metrics(gathered).items()):
+        work = work_metrics(gathered) if self._mode == "train" else {}
+        for name, value in (*self._metrics_of(gathered), *work.items()):
             self._metrics[self._mode][name].append(value)
         self._log_sampler(pending, gathered)
 
