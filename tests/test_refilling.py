@@ -97,10 +97,12 @@ SIX = {"per_device_train_batch_size": 24, "num_generations": 6, "rewards": [scor
 @pytest.mark.parametrize("is_stream", [False, True], ids=["set", "stream"])
 @pytest.mark.parametrize("limit", [1, 8])
 def test_useful_groups_take_the_places_of_silent_ones(tmp_path, is_stream, limit):
-    dataset = Dataset.from_list(rows(9, 6))
+    dataset = Dataset.from_list([{**row, "unused": 1} for row in rows(9, 6)])
     if is_stream:
         dataset = dataset.to_iterable_dataset(num_shards=2)
-    trainer = trained(grpo_fast, tmp_path, watched, dataset=dataset, dynamic_sampling_rounds=limit, **SIX)
+    settings = {**SIX, "dataset": dataset, "remove_unused_columns": True}
+    trainer = trained(grpo_fast, tmp_path, watched, dynamic_sampling_rounds=limit, **settings)
+    assert {name for rounds in trainer.rounds for inputs, _ in rounds for row in inputs for name in row} == {"prompt"}
     logged = [line_of(trainer, f"dynamic_sampling/{name}") for name in ("rounds", "groups_seen", "groups_replaced")]
     logged.append(line_of(trainer, "dynamic_sampling/groups_silent"))
     assert len(trainer.batches) == 3
@@ -307,8 +309,19 @@ def test_rows_that_a_subclass_changes_stay_and_others_are_scaled_anew(tmp_path):
 
         return watched(Edited)
 
-    dataset = Dataset.from_list([{"prompt": f"{kind}{i}"} for i, kind in enumerate("ufuufuuu")])
-    settings = {**SIX, "dataset": dataset, "shuffle_dataset": False, "scale_rewards": "batch", "max_steps": 1}
+    def capped(**kwargs):
+        # of equal halves the std is exactly 0
+        return [min(value, 0.5) for value in score(**kwargs)]
+
+    dataset = Dataset.from_list([{"prompt": f"{kind}{i}"} for i, kind in enumerate("ufuuuffu")])
+    settings = {
+        **SIX,
+        "rewards": [capped],
+        "dataset": dataset,
+        "shuffle_dataset": False,
+        "scale_rewards": "batch",
+        "max_steps": 1,
+    }
     trainer = trained(grpo_fast, tmp_path, make_class, dynamic_sampling_rounds=2, **settings)
     (batch,), rounds = trainer.batches, trainer.rounds[0]
     first, last = groups_of(rows_of(rounds[0][1]), 6), groups_of(rows_of(batch), 6)
@@ -316,12 +329,16 @@ def test_rows_that_a_subclass_changes_stay_and_others_are_scaled_anew(tmp_path):
     assert last[0] != first[0]
     assert last[-1] == first[-1]
     assert batch["advantages"][-1] == 5.0
-    rewards = torch.tensor([[value_of(prompt[0], ids)] for prompt, ids in rows_of(batch)], dtype=torch.float64)
+    values = [min(value_of(prompt[0], ids), 0.5) for prompt, ids in rows_of(batch)]
+    rewards = torch.tensor(values, dtype=torch.float64)[:, None]
     expected = group_advantages(
         rewards, torch.ones(1), num_generations=6, scale_rewards="batch", aggregation="sum_then_normalize"
     ).advantages
     is_left = batch["advantages"] != 5.0
     assert is_left.sum() >= 18
+    # the last round, a flat group, had a std of 0; all that was seen has not
+    assert [len(inputs) for inputs, _ in rounds] == [24, 12, 6]
+    assert line_of(trainer, "frac_reward_zero_std") == [0.0]
     torch.testing.assert_close(batch["advantages"][is_left].double(), expected[is_left], rtol=1e-5, atol=1e-5)
 
 
