@@ -151,7 +151,6 @@ def _saved(model: nn.Module, layers: list[nn.Module], run: Callable[[int], Any],
                 layer.register_forward_hook(saved.leave),
             ):
                 stack.callback(handle.remove)
-        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(hooks)
         run(tokens)

@@ -208,6 +208,20 @@ def test_what_cannot_be_planned_is_transformers(tmp_path, free, logged, change, 
     assert line.endswith(reason)
 
 
+def test_rows_that_run_padded_recompute_all(tmp_path, free):
+    """Masks with holes: the model's own attention was not measured."""
+    free(PLENTY)
+    trainer = build_deep(tmp_path, max_steps=1)
+    trainer.train()
+    assert recomputing(trainer) == [False] * L
+    ids = torch.ones(2, 6, dtype=torch.int64)
+    trainer._plan_checkpointing([trainer._padded_rows(ids, ids, 3, {})])
+    assert recomputing(trainer) == [True] * L
+    with torch.no_grad():
+        trainer._plan_checkpointing([])
+    assert recomputing(trainer) == [True] * L
+
+
 def test_overridden_losses_hold_all_packs_at_once(tmp_path, free):
     from grpo_fast import GRPOTrainer
 
