@@ -7,7 +7,8 @@ travels to every layer as the keyword `layout=` inside an `AttentionPlan`. A cal
 code for example, gets the attention the model had before. Four back ends compute the same function:
 
 - `flash_attn`, on CUDA in fp16 or bf16, when that package is installed;
-- `torch.nn.attention.varlen`, on CUDA in fp16 or bf16, without soft-capping;
+- `torch.nn.attention.varlen`, on CUDA in fp16 or bf16, without soft-capping; this and the one before want the keys of
+  each segment end to end, but keep each key once for the backward pass (`grpo_fast.shared_keys`);
 - torch's flash kernel for the CPU, in fp32 or wider, without windows and soft-capping: on runs of queries and keys;
 - tiles, anywhere, in fp32 or wider: matrix products over padded tiles of similar segments. They take shared prompts,
   windows and soft caps alike, and cost less than the kernel where segments are short.
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from grpo_fast.batch import Layout
 from grpo_fast.segment_attention import Part, make_parts, segment_attention
+from grpo_fast.shared_keys import on_gathered_keys
 from grpo_fast.tiled_attention import Tiling, make_tiling, tiled_attention
 
 if TYPE_CHECKING:
@@ -342,29 +344,28 @@ def _announce(backend: str, device_type: str, dtype: torch.dtype) -> None:
     logging.get_logger(__name__).info(f"packed attention: {backend.strip('_')} on {device_type} in {dtype}")
 
 
-def _packed_keys(key_TKD: Tensor, value_TKD: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    if layout.key_index is None:
-        return key_TKD, value_TKD
-    return key_TKD.index_select(0, layout.key_index), value_TKD.index_select(0, layout.key_index)
-
-
 def _flash_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     layout = call.plan.layout
-    out: Tensor = flash_attn_varlen_func(
-        query_THD,
-        *_packed_keys(key_TKD, value_TKD, layout),
-        cu_seqlens_q=layout.cu_queries,
-        cu_seqlens_k=layout.cu_keys,
-        max_seqlen_q=max(layout.query_lengths),
-        max_seqlen_k=max(layout.key_lengths),
-        softmax_scale=call.scaling,
-        causal=True,
-        window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
-        softcap=call.softcap or 0.0,
-    )
-    return out
+
+    def kernel(keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(
+            query_THD,
+            keys,
+            values,
+            cu_seqlens_q=layout.cu_queries,
+            cu_seqlens_k=layout.cu_keys,
+            max_seqlen_q=max(layout.query_lengths),
+            max_seqlen_k=max(layout.key_lengths),
+            softmax_scale=call.scaling,
+            causal=True,
+            window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
+            softcap=call.softcap or 0.0,
+        )
+        return out
+
+    return on_gathered_keys(kernel, key_TKD, value_TKD, layout.key_index)
 
 
 @cache
@@ -379,17 +380,22 @@ def _varlen_function() -> Callable[..., Any]:
 
 def _varlen_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:
     layout = call.plan.layout
-    out: Tensor = _varlen_function()(
-        query_THD,
-        *_packed_keys(key_TKD, value_TKD, layout),
-        layout.cu_queries,
-        layout.cu_keys,
-        max(layout.query_lengths),
-        max(layout.key_lengths),
-        scale=call.scaling,
-        window_size=(-1 if call.window is None else call.window - 1, 0),
-    )
-    return out
+
+    def kernel(keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = _varlen_function()(
+            query_THD,
+            keys,
+            values,
+            layout.cu_queries,
+            layout.cu_keys,
+            max(layout.query_lengths),
+            max(layout.key_lengths),
+            scale=call.scaling,
+            window_size=(-1 if call.window is None else call.window - 1, 0),
+        )
+        return out
+
+    return on_gathered_keys(kernel, key_TKD, value_TKD, layout.key_index)
 
 
 def _segment_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:

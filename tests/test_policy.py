@@ -65,7 +65,11 @@ Scores = tuple[dict[int, Tensor], dict[int, Tensor], dict[str, Tensor]]
 
 def oracle(model: nn.Module) -> Scores:
     """Log-probs and entropies by row, and the objective's gradients, of the float64 model row by row."""
-    model = copy.deepcopy(model).double()
+    return row_by_row(copy.deepcopy(model).double())
+
+
+def row_by_row(model: nn.Module) -> Scores:
+    """The same of the model in its own type."""
     model.zero_grad()
     logps, entropies = {}, {}
     for row, (prompt, completion) in enumerate(zip(*draw_rows(), strict=True)):
