@@ -183,7 +183,9 @@ def _call(model: nn.Module, scored: Scored, request: ScoreRequest) -> Any:
     if not is_packed(model):
         raise ValueError("scored must be PaddedRows outside packed_attention, got a Pack")
     plan = AttentionPlan(scored.layout, scored.input_ids.device)
-    inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids}
+    # without a mask transformers looks at the positions for packed rows, and waits for the device
+    mask = torch.ones_like(scored.input_ids)
+    inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids, "attention_mask": mask}
     with running_packs():
         return model(**inputs, use_cache=False, layout=plan, score=request)
 

@@ -243,6 +243,8 @@ class LossTrainer(WindowTrainer):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].shape[1]
+        host = self._host(inputs)
+        self._copied = (ids, attention_mask, host.input_ids, host.attention_mask)
         logps, entropies, *rest = self._get_per_token_logps_and_entropies(
             model,
             ids,
@@ -257,7 +259,7 @@ class LossTrainer(WindowTrainer):
         # its forward pass meets the other processes', which they have made before they gather entropies
         no_loss = self._zero_loss(model) if has_no_graph else 0.0
         mask = loss_mask(inputs)
-        is_scored = self._host(inputs).loss_mask
+        is_scored = host.loss_mask
         rows, columns = (moved(index, mask.device) for index in is_scored.nonzero(as_tuple=True))
         lengths = tuple(length for length in is_scored.sum(dim=1).tolist() if length)
         logps_N, entropies_N = logps[rows, columns], entropies[rows, columns]
@@ -293,6 +295,8 @@ class LossTrainer(WindowTrainer):
     @torch.no_grad()
     def _entropy_threshold(self, entropies_N: Tensor, share: float) -> Tensor:
         """The entropy that a `share` of the micro-batch's tokens over all processes reaches. 0-dim fp32."""
+        if self.accelerator.num_processes == 1:
+            return entropy_quantile(entropies_N.detach().float(), share)
         padded = self.accelerator.pad_across_processes(entropies_N.detach().float(), dim=0, pad_index=NO_ENTROPY)
         gathered = self.accelerator.gather(padded)
         return entropy_quantile(gathered[gathered > NO_ENTROPY], share)

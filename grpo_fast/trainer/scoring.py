@@ -33,6 +33,8 @@ class ScoringTrainer(MemoryTrainer):
 
     # whether `_scoring_attention` is in force
     _is_scoring = False
+    # what the next rows to be scored are on the device, ids and mask, and on the host
+    _copied: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @contextmanager
     def _scoring_attention(self, model: nn.Module) -> Iterator[None]:
@@ -201,6 +203,13 @@ class ScoringTrainer(MemoryTrainer):
             aux_losses += [] if aux_loss is None else [aux_loss]
         return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
 
+    def _on_host(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies on the host: those that are known, or made here, which waits for the device."""
+        copied, self._copied = self._copied, None
+        if copied is not None and copied[0] is input_ids and copied[1] is attention_mask:
+            return copied[2], copied[3]
+        return input_ids.cpu(), attention_mask.cpu()
+
     def _scored_batches(
         self,
         input_ids: Tensor,
@@ -212,7 +221,7 @@ class ScoringTrainer(MemoryTrainer):
         pads: bool,
     ) -> Iterator[Pack | PaddedRows]:
         B, width = input_ids.shape
-        ids, mask = input_ids.cpu(), attention_mask.cpu()
+        ids, mask = self._on_host(input_ids, attention_mask)
         prompt, completion = slice(None, width - logits_to_keep), slice(width - logits_to_keep, None)
         is_scored = mask[:, completion].bool()
         if not pads and not has_holes(mask):
