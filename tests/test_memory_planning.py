@@ -215,7 +215,8 @@ def test_rows_that_run_padded_recompute_all(tmp_path, free):
     trainer.train()
     assert recomputing(trainer) == [False] * L
     ids = torch.ones(2, 6, dtype=torch.int64)
-    trainer._plan_checkpointing([trainer._padded_rows(ids, ids, 3, {})])
+    rows = trainer._padded_rows(ids, ids, {}, is_scored=ids[:, 3:].bool(), num_tokens=12)
+    trainer._plan_checkpointing([rows])
     assert recomputing(trainer) == [True] * L
     with torch.no_grad():
         trainer._plan_checkpointing([])
