@@ -128,7 +128,7 @@ def adds_virtual_tokens(model: nn.Module) -> bool:
 def can_pack(model: nn.Module) -> str | None:
     """Why rows cannot be packed for this model, in words, or None if they can.
 
-    This reads the model's declarations only. `grpo_fast.policy.check_scoring` compares results.
+    This reads the model's declarations only. `grpo_fast.self_check.check_scoring` compares results.
     """
     lm = causal_lm(model)
     config = lm.config

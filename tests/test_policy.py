@@ -27,7 +27,8 @@ from transformers import (
 from grpo_fast.attention import packed_attention
 from grpo_fast.packing import pack_rows
 from grpo_fast.padding import pad_rows
-from grpo_fast.policy import check_scoring, install_scoring, score
+from grpo_fast.policy import install_scoring, score
+from grpo_fast.self_check import check_scoring
 from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, build, llama, qwen3
 
 # norm of the difference over norm of the truth, for fp32 models against the same weights in float64

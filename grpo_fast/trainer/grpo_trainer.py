@@ -25,8 +25,9 @@ from grpo_fast.generation import context_length, require_vllm
 from grpo_fast.interrupt import SaveOnInterrupt
 from grpo_fast.memory import make_meter
 from grpo_fast.metrics import PhaseTimer, Stats, StepTimer
-from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
+from grpo_fast.policy import aux_loss_coef, install_scoring
 from grpo_fast.rewards import RewardFunc, check_rewards, is_async, make_rewards
+from grpo_fast.self_check import check_scoring
 from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
 from grpo_fast.trainer.memory_planning import MemoryPlanning
