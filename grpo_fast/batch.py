@@ -6,11 +6,19 @@ log-prob), S attention segments.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; the host does not wait for the copy."""
+    # from memory that may be paged out a CUDA copy is not asynchronous
+    source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return source.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +79,35 @@ class Layout:
         """The same layout with its tensors on `device`."""
         return replace(
             self,
-            cu_queries=self.cu_queries.to(device),
-            cu_keys=self.cu_keys.to(device),
-            key_index=None if self.key_index is None else self.key_index.to(device),
+            cu_queries=moved(self.cu_queries, device),
+            cu_keys=moved(self.cu_keys, device),
+            key_index=None if self.key_index is None else moved(self.key_index, device),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Tokens of R rows, one row after the other.
+
+    Attributes:
+        member: [N] int64, the run a token is in, from 0 to R - 1.
+        lengths: [R] int64.
+    """
+
+    member: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def of(row_lengths: tuple[int, ...], device: torch.device) -> Runs:
+        """Runs of so many tokens; does not wait for the device."""
+        lengths = torch.tensor(row_lengths, dtype=torch.int64)
+        member = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        return Runs(member=moved(member, device), lengths=moved(lengths, device))
+
+    def sums(self, values: Tensor, some: slice = slice(None)) -> Tensor:
+        """Sums over each run of the [N] values, or of the values of a slice of the N tokens. [R]."""
+        zeros = torch.zeros(self.lengths.shape, dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, self.member[some], values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,30 +119,39 @@ class ScoredTokens:
         targets: [N] int64, the scored token.
         rows: [N] int64, the row of the scored token in the padded batch.
         columns: [N] int64, its column in the padded completion tensor. Tokens are ordered by row, then column.
-        row_lengths: How many scored tokens each row with any has.
+        row_ids: The rows with any scored token, ascending; on the host, as what follows.
+        row_lengths: How many scored tokens each of them has.
     """
 
     predict: Tensor
     targets: Tensor
     rows: Tensor
     columns: Tensor
+    row_ids: tuple[int, ...]
     row_lengths: tuple[int, ...]
 
     def only(self, is_wanted: Tensor) -> Self:
         """The same rows with the tokens scored that `is_wanted` [N] bool marks; on the host."""
         rows = self.rows[is_wanted]
+        row_ids, row_lengths = torch.unique_consecutive(rows, return_counts=True)
         return replace(
             self,
             predict=self.predict[is_wanted],
             targets=self.targets[is_wanted],
             rows=rows,
             columns=self.columns[is_wanted],
-            row_lengths=tuple(torch.unique_consecutive(rows, return_counts=True)[1].tolist()),
+            row_ids=tuple(row_ids.tolist()),
+            row_lengths=tuple(row_lengths.tolist()),
         )
 
     def shifted(self, first_row: int) -> Self:
         """The same tokens in a batch that these rows stand `first_row` rows down in."""
-        return replace(self, rows=self.rows + first_row)
+        return replace(self, rows=self.rows + first_row, row_ids=tuple(row + first_row for row in self.row_ids))
+
+    def to(self, device: torch.device) -> Self:
+        """The same with its tensors on `device`, but for a layout, which an attention plan moves; does not wait."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return replace(self, **{name: _moved(value, device) for name, value in fields.items()})
 
     def unpack(self, values: Tensor, out: Tensor) -> Tensor:
         """Add `values` [N] into the padded `out` [B, C] at their rows and columns; differentiable, not in place."""
@@ -120,39 +162,37 @@ class ScoredTokens:
 class Pack(ScoredTokens):
     """Rows laid end to end without padding.
 
-    A row is never split over packs. Rows of a pack that share a prompt may share its tokens; `predict` then names the
-    prompt's last token once per row.
+    A row is never split over packs. Rows of a pack that begin alike may share those tokens; `predict` then names a
+    shared token once a row.
 
     Attributes:
         input_ids: [1, T] int64.
         position_ids: [1, T] int64, from 0 in each row.
-        layout: Which tokens attend to which.
-        row_ids: The padded batch's rows that this pack holds, ascending.
+        token_rows: [1, T] int64, how many rows a token belongs to.
+        layout: Which tokens attend to which; on the host.
+        num_row_tokens: What the rows would take one by one, the sum of `token_rows`.
     """
 
     input_ids: Tensor
     position_ids: Tensor
+    token_rows: Tensor
     layout: Layout
-    row_ids: tuple[int, ...]
+    num_row_tokens: int
 
     @property
     def width(self) -> int:
         """T."""
         return self.input_ids.shape[1]
 
-    def to(self, device: torch.device) -> Pack:
-        """The same pack with its tensors on `device`."""
-        return Pack(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            layout=self.layout.to(device),
-            predict=self.predict.to(device),
-            targets=self.targets.to(device),
-            rows=self.rows.to(device),
-            columns=self.columns.to(device),
-            row_ids=self.row_ids,
-            row_lengths=self.row_lengths,
-        )
+    @property
+    def num_tokens(self) -> int:
+        """T: all are run, and none is padding."""
+        return self.width
+
+    @property
+    def num_run(self) -> int:
+        """T."""
+        return self.width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +201,29 @@ class PaddedRows(ScoredTokens):
 
     Attributes:
         model_inputs: `input_ids` and `attention_mask` [B, T], and what belongs to images.
+        num_row_tokens: Tokens of the rows without their padding; on the host.
     """
 
     model_inputs: dict[str, Any]
+    num_row_tokens: int
 
     @property
     def width(self) -> int:
         """T."""
-        return self.model_inputs["input_ids"].shape[1]
+        return int(self.model_inputs["input_ids"].shape[1])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.num_row_tokens
+
+    @property
+    def num_run(self) -> int:
+        """B T, padding included."""
+        return int(self.model_inputs["input_ids"].numel())
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: _moved(entry, device) for name, entry in value.items()}
+    return moved(value, device) if isinstance(value, Tensor) else value

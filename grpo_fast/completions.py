@@ -26,7 +26,7 @@ class CompletionLog(dict[str, Any]):
     """Prompts, completions, rewards and advantages of the latest generation batch; keys as in TRL's `_logs`.
 
     Args:
-        max_rows: Rows kept: one generation batch.
+        max_rows: Rows kept: one generation batch, with the further rounds that it may have.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -41,6 +41,13 @@ class CompletionLog(dict[str, Any]):
             advantages=column(),
             extra=defaultdict(column),
         )
+
+    def clear_rows(self) -> None:
+        """Begin anew, with the same columns."""
+        for name in ("images", "prompt", "completion", "advantages"):
+            self[name].clear()
+        for column in (*self["rewards"].values(), *self["extra"].values()):
+            column.clear()
 
     def table(self, step: int) -> dict[str, list[Any]]:
         """Columns `step`, `prompt`, `completion`, one a reward function, one an extra, `advantage`.

@@ -163,11 +163,18 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
 
     # grpo-fast's own
     max_tokens_per_pack: int | None = _help(
-        "Most tokens of a packed forward pass (a longer row makes its own pack); None chooses by device.", None
+        "Most tokens of a packed or padded forward pass (a longer row runs alone); None goes by device and memory.",
+        None,
     )
     share_prompts: str = _help(
-        "Run a prompt once for its completions of the same pack: 'always', 'never', or 'auto' where it saves a tenth.",
+        "Run a prompt once for its completions of the same pack: True ('always'), False ('never'), or 'auto' where it "
+        "saves a tenth.",
         "auto",
+    )
+    skip_zero_gradient_rows: bool = _help(
+        "Do not run rows of which nothing reaches a gradient: advantage 0, no KL, no entropy bonus, no auxiliary loss. "
+        "Metrics of the loss are then of the other rows.",
+        True,
     )
     vllm_engine_kwargs: dict[str, Any] | str | None = _help("More arguments of vLLM's LLM(...).", None)
     vllm_check_interval: int | None = _help(
@@ -185,6 +192,18 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "once a group, not once a batch, and in another thread, one call at a time (async ones side by side): they "
         "must not need the other groups, the main thread, or torch's global random state.",
         False,
+    )
+    dynamic_sampling_rounds: int = _help(
+        "DAPO: further rollouts, at most this many a generation, that replace groups without a signal; 0 is off. Each "
+        "generates as many prompts as such groups are left, from a pass of its own over train_dataset. A step costs "
+        "more generation, s + s^2 + ... of it where a share s of the groups has no signal, in small batches one after "
+        "another; and the training pass has more rows with a gradient. Metrics are of all that was rolled out.",
+        0,
+    )
+    checkpointed_layers: int | None = _help(
+        "gradient_checkpointing: how many of the model's layers, from the first on, recompute; None as few as the free "
+        "memory allows.",
+        None,
     )
 
     def __post_init__(self) -> None:

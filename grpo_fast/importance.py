@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_fast.batch import Runs
+
 # of the differences, by linear interpolation between the two nearest
 TAIL = 0.99
 
@@ -57,24 +59,26 @@ class SamplerWeights:
     unclipped: Tensor
 
 
-def sampler_weights(log_ratios_N: Tensor, rows_N: Tensor, correction: Correction) -> SamplerWeights:
+def sampler_weights(
+    log_ratios_N: Tensor, runs: Runs, correction: Correction, some: slice = slice(None)
+) -> SamplerWeights:
     """Weights of trainer's over sampler's probability.
 
     Args:
         log_ratios_N: [N] fp32, the trainer's log-probs of the policy that sampled minus what the sampler reported; NaN
             counts as no difference. Not differentiated.
-        rows_N: [N] int64, the row of each token, ascending; whole rows only.
+        runs: The rows that the tokens belong to.
         correction: Mode and bounds.
+        some: The tokens that `log_ratios_N` is of, whole rows only; then the ratios of other rows mean nothing.
     """
     log_ratio = log_ratios_N.detach().nan_to_num(nan=0.0)
-    token_row = None
-    if correction.weighs_rows:
-        unique_rows, token_row = torch.unique_consecutive(rows_N, return_inverse=True)
-        log_ratio = torch.zeros_like(unique_rows, dtype=log_ratio.dtype).index_add(0, token_row, log_ratio)
-    unclipped = log_ratio.exp()
+    if not correction.weighs_rows:
+        unclipped = log_ratio.exp()
+        ratio = correction.bounded(unclipped)
+        return SamplerWeights(weights=ratio, ratios=ratio, unclipped=unclipped)
+    unclipped = runs.sums(log_ratio, some).exp()
     ratio = correction.bounded(unclipped)
-    weights = ratio if token_row is None else ratio[token_row]
-    return SamplerWeights(weights=weights, ratios=ratio, unclipped=unclipped)
+    return SamplerWeights(weights=ratio[runs.member[some]], ratios=ratio, unclipped=unclipped)
 
 
 def mismatch_metrics(log_ratios: Tensor) -> dict[str, float]:

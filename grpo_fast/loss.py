@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_fast.batch import Runs
 from grpo_fast.importance import Correction, sampler_weights
 from grpo_fast.metrics import Stats
 from grpo_kernels import PolicyLoss, normalisers, policy_loss
@@ -69,10 +70,11 @@ def row_weights(
 
 @dataclass(frozen=True, kw_only=True)
 class Bonus:
-    """The entropy bonus of a micro-batch: what a token's entropy weighs, and the entropy that lets a token in.
+    """The entropy bonus: what a token's entropy weighs, and the entropy that lets a token in.
 
     Attributes:
-        weight: 0-dim fp32 or None: `entropy_coef` over the tokens that count and the accumulation; None has no bonus.
+        weight: [B] fp32 or None: `entropy_coef` over the tokens of the row's micro-batch that count and the
+            accumulation; None has no bonus.
         threshold: 0-dim fp32 or None: tokens of a smaller entropy lose their policy term and their bonus.
     """
 
@@ -87,6 +89,7 @@ class RowsLoss:
         self,
         rows_N: Tensor,
         columns_N: Tensor,
+        row_lengths: tuple[int, ...],
         inputs: dict[str, Tensor],
         *,
         weights_B: Tensor,
@@ -98,6 +101,7 @@ class RowsLoss:
         Args:
             rows_N: [N] int64, ascending, the row of the micro-batch each token comes from; whole rows only.
             columns_N: [N] int64, its column.
+            row_lengths: How many of the tokens each row has, on the host.
             inputs: `advantages` [B] or [B, C], and where given `old_per_token_logps`, `ref_per_token_logps`,
                 `sampling_per_token_logps` [B, C] and `importance_sampling_ratio` [B, C] or [B, 1].
             weights_B: [B] fp32 from `row_weights`.
@@ -111,7 +115,8 @@ class RowsLoss:
                 return values if values is None else values[rows_N]
             return values[rows_N, 0] if values.shape[1] == 1 else values[rows_N, columns_N]
 
-        self.objective, self.rows_N, self.bonus = objective, rows_N, bonus
+        self.objective, self.bonus = objective, bonus
+        self.runs = Runs.of(row_lengths, rows_N.device)
         self.compares_sampler = compares_sampler(objective, inputs)
         options = objective.options
         self.sampling_N = tokens("sampling_per_token_logps")
@@ -126,7 +131,7 @@ class RowsLoss:
             ref_logps=tokens("ref_per_token_logps") if options.beta else None,
             sampling_logps=self.sampling_N if options.off_policy_mask_threshold is not None else None,
             sequence_ids=rows_N if options.needs_sequences else None,
-            entropy_weights=None if bonus.weight is None else bonus.weight.expand(rows_N.shape),
+            entropy_weights=None if bonus.weight is None else bonus.weight[rows_N],
             entropy_threshold=bonus.threshold,
         )
         self.tokens.check(options)
@@ -158,7 +163,7 @@ class RowsLoss:
         self._add_entropies(stats, entropies_N, terms)
         if self.compares_sampler:
             log_ratios_N = self._log_ratios(logps_N, slice(0, logps_N.numel()))
-            _add_sampler(stats, log_ratios_N, self.rows_N, self.objective.correction)
+            _add_sampler(stats, log_ratios_N, self.runs, self.objective.correction)
         return stats
 
     def _tokens(self, logps: Tensor, some: slice) -> Tokens:
@@ -170,7 +175,7 @@ class RowsLoss:
         if self.sampling_N is None:
             return tokens
         # a slice of whole rows
-        sampler = sampler_weights(self._log_ratios(logps, some), self.rows_N[some], correction)
+        sampler = sampler_weights(self._log_ratios(logps, some), self.runs, correction, some)
         return replace(tokens, sampling_weights=sampler.weights)
 
     def _log_ratios(self, logps: Tensor, some: slice) -> Tensor:
@@ -182,9 +187,8 @@ class RowsLoss:
     def _add_terms(self, stats: Stats, terms: PolicyLoss) -> None:
         """KL, clipped shares and VESPO's weight: by token, or by row where one value holds for the whole row."""
         low_N, high_N = terms.is_low_clipped.float(), terms.is_high_clipped.float()
-        rows, token_row, counts = torch.unique_consecutive(self.rows_N, return_inverse=True, return_counts=True)
-        zeros = torch.zeros(rows.numel(), device=rows.device)
-        low_R, high_R = (zeros.index_add(0, token_row, flags) / counts for flags in (low_N, high_N))
+        counts = self.runs.lengths
+        low_R, high_R = (self.runs.sums(flags) / counts for flags in (low_N, high_N))
         if self.objective.options.is_sequence_level and self.has_row_advantages:
             low_N, high_N = low_R, high_R
         stats.add(kl=0.0 if terms.kl is None else terms.kl.sum(), low=low_N.sum(), high=high_N.sum())
@@ -193,16 +197,16 @@ class RowsLoss:
         if terms.phi is not None:
             phi = terms.phi
             if self.has_row_advantages:
-                phi = zeros.index_add(0, token_row, phi) / counts
+                phi = self.runs.sums(phi) / counts
             stats.add(phi=phi.sum(), phis=phi.numel())
 
     def _add_entropies(self, stats: Stats, entropies_N: Tensor, terms: PolicyLoss) -> None:
         stats.add(tokens=entropies_N.numel(), entropy=entropies_N.sum(), policy=terms.loss.sum())
-        threshold, weight = self.bonus.threshold, self.bonus.weight
-        counted_N = entropies_N if threshold is None else entropies_N[entropies_N >= threshold]
-        stats.add(bonus_entropy=counted_N.sum(), bonus_tokens=counted_N.numel())
-        if weight is not None:
-            stats.add(policy=weight * counted_N.sum())
+        threshold, weights_N = self.bonus.threshold, self.tokens.entropy_weights
+        is_counted = torch.ones_like(entropies_N) if threshold is None else (entropies_N >= threshold).float()
+        stats.add(bonus_entropy=(entropies_N * is_counted).sum(), bonus_tokens=is_counted.sum())
+        if weights_N is not None:
+            stats.add(policy=(weights_N * entropies_N * is_counted).sum())
 
 
 def compares_sampler(objective: Objective, inputs: dict[str, Tensor]) -> bool:
@@ -211,10 +215,10 @@ def compares_sampler(objective: Objective, inputs: dict[str, Tensor]) -> bool:
     return "sampling_per_token_logps" in inputs and before not in inputs
 
 
-def _add_sampler(stats: Stats, log_ratios_N: Tensor, rows_N: Tensor, correction: Correction | None) -> None:
+def _add_sampler(stats: Stats, log_ratios_N: Tensor, runs: Runs, correction: Correction | None) -> None:
     stats.log_ratios.append(log_ratios_N)
     if correction is not None:
-        sampler = sampler_weights(log_ratios_N, rows_N, correction)
+        sampler = sampler_weights(log_ratios_N, runs, correction)
         stats.add(ratio=sampler.ratios.sum(), ratios=sampler.ratios.numel(), unclipped_ratio=sampler.unclipped.sum())
         stats.at_least(low_ratio=(-sampler.ratios).amax(), ratio=sampler.ratios.amax())
 
@@ -266,15 +270,16 @@ def weigh_sampler(
         `importance_sampling_ratio`, [B, 1] where rows are weighed, else [B, C]; and what the metrics need.
     """
     rows, columns = mask_BC.nonzero(as_tuple=True)
+    runs = Runs.of(tuple(length for length in mask_BC.sum(1).tolist() if length), mask_BC.device)
     log_ratios = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[rows, columns]
     stats = Stats.empty(mask_BC.device)
     _add_unweighed_rows(stats, correction, (mask_BC.sum(1) == 0).sum())
     if rows.numel():
-        _add_sampler(stats, log_ratios, rows, correction)
+        _add_sampler(stats, log_ratios, runs, correction)
     if correction is None:
         return None, stats
     ratio = correction.bounded(torch.ones(mask_BC.shape, device=mask_BC.device))
-    ratio = ratio.index_put((rows, columns), sampler_weights(log_ratios, rows, correction).weights)
+    ratio = ratio.index_put((rows, columns), sampler_weights(log_ratios, runs, correction).weights)
     if correction.weighs_rows:
         # without a column, as of nothing but empty completions, there is nothing to weigh
         columns = mask_BC.int().argmax(1, keepdim=True) if mask_BC.shape[1] else mask_BC.long()

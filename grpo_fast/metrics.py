@@ -34,6 +34,11 @@ SUMS = (
     "ratios",
     "unclipped_ratio",
     "samplers",  # micro-batches whose loss pass compares the policy with the sampler
+    "silent",  # rows that are left out because nothing of them reaches a gradient
+    "masked",  # rows without a token in the loss
+    "run",  # tokens through the model, padding included
+    "unpadded",  # those that are no padding
+    "unshared",  # what they would be if no row shared a prompt
 )
 # over rows, of minus the low-clipped share and of the high-clipped share; of minus the sampler's weight, and of it
 MAXIMA = ("low", "high", "low_ratio", "ratio")
@@ -120,6 +125,27 @@ def loss_metrics(
         metrics["policy_loss"] = policy_scale * sums["policy"] / len(gathered)
     if has_aux_loss:
         metrics["aux_loss"] = sums["aux"] / len(gathered)
+    # nothing was run that could be measured
+    return dict.fromkeys(metrics, math.nan) if sums["silent"] and not sums["tokens"] else metrics
+
+
+def work_metrics(gathered: Tensor) -> dict[str, float]:
+    """What the model was run on in an optimizer step, over all processes.
+
+    - `rows/skipped`: rows that were not run: silent ones, and those without a token in the loss.
+    - `tokens/useful_ratio`: tokens in the loss over tokens run.
+    - `tokens/padding_ratio`: the share of the tokens run that is padding.
+    - `tokens/shared_ratio`: the share of the rows' tokens that was not run because another row had run it.
+
+    Args:
+        gathered: [processes, micro-batches, len(SUMS) + len(MAXIMA)] fp32.
+    """
+    sums, _ = _named(gathered.flatten(0, 1))
+    metrics = {"rows/skipped": sums["silent"] + sums["masked"]}
+    if sums["run"]:
+        metrics["tokens/useful_ratio"] = sums["tokens"] / sums["run"]
+        metrics["tokens/padding_ratio"] = 1 - sums["unpadded"] / sums["run"]
+        metrics["tokens/shared_ratio"] = 1 - sums["unpadded"] / sums["unshared"]
     return metrics
 
 
@@ -154,10 +180,26 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
+class RowMean(float):
+    """A mean that knows of how many values it is, for `mean_without_nan`."""
+
+    num_rows: float
+
+    def __new__(cls, mean: float, num_rows: float) -> RowMean:
+        """A float as any other, with `num_rows`."""
+        self = super().__new__(cls, mean)
+        self.num_rows = num_rows
+        return self
+
+
 def mean_without_nan(values: list[float]) -> float | None:
-    """The mean of what is not NaN, or None: JSON loggers refuse NaN."""
+    """The mean of what is not NaN, where a `RowMean` counts `num_rows` times; or None: JSON loggers refuse NaN."""
     valid = [value for value in values if not math.isnan(value)]
-    return sum(valid) / len(valid) if valid else None
+    weights = [getattr(value, "num_rows", 1) for value in valid]
+    if sum(weights) == 0:
+        weights = [1] * len(valid)
+    weighted = [weight * value for weight, value in zip(weights, valid, strict=True)]
+    return sum(weighted) / sum(weights) if valid else None
 
 
 class PhaseTimer:

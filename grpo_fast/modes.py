@@ -9,12 +9,24 @@ from torch import nn
 
 
 @contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; each module's own mode after."""
+    resting = [module for module in model.modules() if not module.training]
+    model.train()
+    try:
+        yield
+    finally:
+        for module in resting:
+            module.training = False
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, which also switches gradient checkpointing off; each module's own mode after."""
-    training = [module for module in model.modules() if module.training]
+    trained = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
+        for module in trained:
             module.training = True

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -20,29 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.attention import (
-    AttentionPlan,
-    attention_implementation,
-    can_pack,
-    causal_lm,
-    is_packed,
-    packed_attention,
-    running_packs,
-)
-from grpo_fast.batch import Layout, Pack, PaddedRows
-from grpo_fast.modes import evaluating
+from grpo_fast.attention import AttentionPlan, causal_lm, is_packed, running_packs
+from grpo_fast.batch import Pack, PaddedRows
 from grpo_kernels import linear_logps, linear_loss
 from grpo_kernels.linear_loss import RowsLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# what Gemma, RecurrentGemma and xLSTM call the soft cap on their logits
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 Forward = Callable[..., Any]
 Scored = Pack | PaddedRows
-
-# tokens of the self-check: one prompt, two completions
-CHECK_PROMPT = 4
-CHECK_COMPLETION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +47,8 @@ class ScoreRequest:
         has_entropy_slope: With `loss`: whether it slopes in the entropies.
         sequence_lengths: With `loss`: lengths of the runs of targets it wants to see whole, or None.
         width: Positions of a row that `predict` counts: the last ones, where an adapter puts its own before them.
-        return_aux_loss: Whether the load-balancing loss of a mixture of experts is wanted too.
+        aux_weights: [B, T], how often each token counts in the load-balancing loss of a mixture of experts, which is
+            then wanted too; or None.
     """
 
     predict: Tensor
@@ -69,7 +59,7 @@ class ScoreRequest:
     has_entropy_slope: bool = False
     sequence_lengths: tuple[int, ...] | None = None
     width: int
-    return_aux_loss: bool = False
+    aux_weights: Tensor | None = None
 
 
 def install_scoring(model: nn.Module) -> None:
@@ -95,21 +85,22 @@ def score(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs, and on request more, of some rows' tokens under `model`.
 
-    Inside `packed_attention` any pack can be scored; outside it padded rows, or one row, with the model's attention.
+    A pack is scored inside `packed_attention`, padded rows with the model's own attention inside and outside of it.
 
     Args:
         model: The model `install_scoring` was called on, or a wrapper around it.
         scored: A `Pack` or `PaddedRows`, on the model's device.
         temperature: What the logits are divided by.
         return_entropy: Whether to compute entropies.
-        return_aux_loss: Whether to compute the load-balancing loss of a mixture of experts, over all unpadded tokens.
+        return_aux_loss: Whether to compute the load-balancing loss of a mixture of experts, over all unpadded tokens of
+            the rows. It is that of the rows alone only if they are all run in full.
 
     Returns:
         logps [N] fp32, entropy [N] fp32 or None, auxiliary loss 0-dim or None. All differentiable; the logits are not
         computed as a whole.
 
     Raises:
-        ValueError: If a pack holds several rows and the model is outside `packed_attention`.
+        ValueError: If `scored` is a pack and the model is outside `packed_attention`.
     """
     request = _request(scored, temperature, return_entropy=return_entropy, return_aux_loss=return_aux_loss)
     return _call(model, scored, request)
@@ -155,105 +146,31 @@ def score_loss(
     return _call(model, scored, request)
 
 
-def _request(scored: Scored, temperature: float, **wanted: Any) -> ScoreRequest:
+def _request(scored: Scored, temperature: float, *, return_aux_loss: bool, **wanted: Any) -> ScoreRequest:
+    aux_weights = None
+    if return_aux_loss:
+        aux_weights = scored.token_rows if isinstance(scored, Pack) else scored.model_inputs["attention_mask"]
     return ScoreRequest(
-        predict=scored.predict, targets=scored.targets, temperature=temperature, width=scored.width, **wanted
+        predict=scored.predict,
+        targets=scored.targets,
+        temperature=temperature,
+        width=scored.width,
+        aux_weights=aux_weights,
+        **wanted,
     )
 
 
 def _call(model: nn.Module, scored: Scored, request: ScoreRequest) -> Any:
     if isinstance(scored, PaddedRows):
         return model(**scored.model_inputs, use_cache=False, score=request)
-    if is_packed(model):
-        plan = AttentionPlan(scored.layout)
-        inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids}
-        with running_packs():
-            return model(**inputs, use_cache=False, layout=plan, score=request)
-    if len(scored.layout.query_lengths) != 1 or scored.layout.key_index is not None:
-        raise ValueError(
-            "pack must hold one row outside packed_attention, "
-            f"got {len(scored.row_ids)} rows in {len(scored.layout.query_lengths)} segments"
-        )
-    return model(input_ids=scored.input_ids, use_cache=False, score=request)
-
-
-def check_scoring(model: nn.Module) -> None:
-    """Compare scores with the model's own logits on a dozen random tokens, packed where the model can be packed.
-
-    Runs two small forward passes in evaluation mode without gradients, and leaves the random state alone.
-
-    Raises:
-        ValueError: If they differ: the model does something to its logits or between its tokens that is not known here.
-    """
-    lm = causal_lm(model)
-    device = lm.get_input_embeddings().weight.device
-    generator = torch.Generator().manual_seed(0)
-    num_tokens = CHECK_PROMPT + 2 * CHECK_COMPLETION
-    ids = torch.randint(0, lm.get_input_embeddings().weight.shape[0], (num_tokens,), generator=generator)
-    ids = ids.clamp_(max=lm.config.get_text_config().vocab_size - 1).to(device)
-    prompt, completions = ids[:CHECK_PROMPT], ids[CHECK_PROMPT:].view(2, CHECK_COMPLETION)
-    rows = torch.cat([prompt.expand(2, -1), completions], 1)
-    packs = [_check_pack(prompt, completions)]
-    packable = can_pack(model) is None
-    if not packable:
-        packs = [_check_pack(prompt, completion[None]) for completion in completions]
-    with evaluating(model), torch.no_grad():
-        # torch's own attention leaves out a soft cap on scores without a word
-        with attention_implementation(model, "eager") if packable else nullcontext():
-            logits = model(input_ids=rows, use_cache=False).logits[:, CHECK_PROMPT - 1 : -1].float()
-        with packed_attention(model) if packable else nullcontext():
-            logps = torch.cat([score(model, pack, temperature=1.0)[0] for pack in packs])
-    expected = logits.log_softmax(-1).gather(-1, completions[:, :, None]).flatten()
-    tolerance = 1e-4 + 8 * _precision(model) * max(1.0, logits.abs().max().item())
-    # the median, because a mixture of experts in bf16 may route a token otherwise
-    error = (logps.float() - expected.to(logps.device)).abs().median().item()
-    if not error <= tolerance:
-        raise ValueError(
-            f"model must compute its logits as its LM head times the last hidden states, with the soft cap and scale "
-            f"of its config: {type(lm).__name__}'s own log-probs differ from that by {error:.3g} "
-            f"(allowed {tolerance:.3g})"
-        )
-
-
-def _check_pack(prompt: Tensor, completions: Tensor) -> Pack:
-    """Completions of one prompt: its tokens once, or a plain row where there is one completion."""
-    num, length = completions.shape
-    start, body = len(prompt), length - 1
-    device = prompt.device
-    keys = [torch.arange(start)]
-    keys += [torch.cat([keys[0], torch.arange(body) + start + i * body]) for i in range(num)]
-    queries = (start, *[body] * num) if num > 1 else (start + body,)
-    key_lengths = tuple(len(key) for key in keys) if num > 1 else queries
-    positions = torch.cat([torch.arange(start), *[torch.arange(body) + start] * num])
-    predict = [p for i in range(num) for p in (start - 1, *range(start + i * body, start + (i + 1) * body))]
-    pack = Pack(
-        input_ids=torch.cat([prompt, completions[:, :-1].flatten()])[None],
-        position_ids=positions[None],
-        layout=Layout(
-            cu_queries=torch.tensor([0, *queries]).cumsum(0).int(),
-            cu_keys=torch.tensor([0, *key_lengths]).cumsum(0).int(),
-            key_index=torch.cat(keys) if num > 1 else None,
-            query_lengths=queries,
-            key_lengths=key_lengths,
-        ),
-        predict=torch.tensor(predict),
-        targets=completions.flatten(),
-        rows=torch.arange(num).repeat_interleave(length),
-        columns=torch.arange(length).repeat(num),
-        row_ids=tuple(range(num)),
-        row_lengths=(length,) * num,
-    )
-    return pack.to(device)
-
-
-def _precision(model: nn.Module) -> float:
-    """The step of the coarsest type in the forward pass, seen from 1."""
-    device = causal_lm(model).device
-    # accelerate runs a model it has prepared for mixed precision under its own autocast
-    prepared = any("_original_forward" in vars(module) for module in model.modules())
-    autocast = prepared or torch.is_autocast_enabled(device.type)
-    dtype = torch.bfloat16 if autocast else causal_lm(model).dtype
-    return float(torch.finfo(dtype).eps)
+    if not is_packed(model):
+        raise ValueError("scored must be PaddedRows outside packed_attention, got a Pack")
+    plan = AttentionPlan(scored.layout, scored.input_ids.device)
+    # without a mask transformers looks at the positions for packed rows, and waits for the device
+    mask = torch.ones_like(scored.input_ids)
+    inputs = {"input_ids": scored.input_ids, "position_ids": scored.position_ids, "attention_mask": mask}
+    with running_packs():
+        return model(**inputs, use_cache=False, layout=plan, score=request)
 
 
 def _head_linears(lm: nn.Module) -> list[nn.Linear]:
@@ -290,9 +207,9 @@ def _scoring_lm(original: Forward) -> Forward:
             return original(self, *args, **kwargs)
         # PEFT names every argument it knows, unset ones as None
         given = {name: value for name, value in kwargs.items() if value is not None}
-        if score.return_aux_loss:
+        if score.aux_weights is not None:
             given["output_router_logits"] = True
-        outputs = _backbone(self)(*args, **given)
+        outputs = backbone(self)(*args, **given)
         hidden = outputs[0][:, -score.width :].flatten(0, 1)
         softcap, logit_scale = _logit_transform(self.config.get_text_config())
         results = self.get_output_embeddings()(
@@ -301,16 +218,20 @@ def _scoring_lm(original: Forward) -> Forward:
             softcap=softcap,
             logit_scale=logit_scale,
         )
-        return *results, _aux_loss(self, outputs, given) if score.return_aux_loss else None
+        return *results, None if score.aux_weights is None else _aux_loss(self, outputs, score.aux_weights)
 
     return forward
 
 
-def _backbone(lm: Any) -> nn.Module:
+def backbone(lm: Any) -> nn.Module:
     """What turns token ids, and images, into hidden states."""
-    decoder = lm.get_decoder()
-    is_multimodal = lm.config.get_text_config() is not lm.config
-    return lm.base_model if is_multimodal or decoder is lm else decoder
+    if lm.config.get_text_config() is not lm.config:
+        return lm.base_model
+    # models name it as they like; a "decoder" may be the LM head
+    for module in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)):
+        if isinstance(module, nn.Module) and module is not lm and module is not lm.get_output_embeddings():
+            return module
+    raise ValueError(f"model must keep its decoder under its base_model_prefix, {type(lm).__name__} does not")
 
 
 def aux_loss_coef(model: nn.Module, given: float | None) -> float:
@@ -331,15 +252,14 @@ def aux_loss_coef(model: nn.Module, given: float | None) -> float:
     return float(coef) if is_mixture else 0.0
 
 
-def _aux_loss(lm: Any, outputs: Any, given: dict[str, Any]) -> Tensor:
-    """The load-balancing loss of a forward pass over its unpadded tokens (arXiv:2101.03961, eqs. 4 to 6)."""
+def _aux_loss(lm: Any, outputs: Any, weights: Tensor) -> Tensor:
+    """The load-balancing loss of a forward pass whose tokens count `weights` times (arXiv:2101.03961, eqs. 4 to 6)."""
     # every family of transformers takes Mixtral's
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = lm.config.get_text_config()
     num_experts = getattr(config, "num_experts", None) or config.num_local_experts
-    mask = given.get("attention_mask")
-    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, mask)
+    return load_balancing_loss_func(outputs.router_logits, num_experts, config.num_experts_per_tok, weights)
 
 
 def _scoring_head(original: Forward) -> Forward:
@@ -355,6 +275,11 @@ def _scoring_head(original: Forward) -> Forward:
         if score is None:
             return original(self, input, *args, **kwargs)
         targets = score.targets.to(input.device)
+        if input.shape[-1] != self.weight.shape[-1]:
+            raise ValueError(
+                "model must compute its logits as its LM head times the last hidden states: the head takes "
+                f"{self.weight.shape[-1]} columns, these have {input.shape[-1]}"
+            )
         if score.loss is not None:
             trained = linear_loss(
                 input,
@@ -392,4 +317,6 @@ def _logit_transform(config: PreTrainedConfig) -> tuple[float | None, float]:
     # HyperCLOVA X multiplies by the field that Granite and MiniCPM divide by
     scale *= scaling if config.model_type == "hyperclovax" else 1 / scaling
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-    return getattr(config, "final_logit_softcapping", None), scale
+    scale /= getattr(config, "logits_mup_width_multiplier", None) or 1.0
+    softcaps = (getattr(config, name, None) for name in SOFTCAP_FIELDS)
+    return next((softcap for softcap in softcaps if softcap is not None), None), scale

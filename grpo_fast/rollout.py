@@ -97,7 +97,7 @@ def shuffle_sequence_dict(seq_dict: dict[str, Any]) -> dict[str, Any]:
     permutation = torch.randperm(num_rows(seq_dict)).tolist()
     return {
         name: (value[permutation] if isinstance(value, Tensor) else [value[i] for i in permutation])
-        if _has_rows(value)
+        if has_rows(value)
         else value
         for name, value in seq_dict.items()
     }
@@ -110,17 +110,18 @@ def split_tensor_dict(tensor_dict: dict[str, Any], num_chunks: int) -> list[dict
     """
     size = num_rows(tensor_dict) // num_chunks
     return [
-        {name: value[i * size : (i + 1) * size] if _has_rows(value) else value for name, value in tensor_dict.items()}
+        {name: value[i * size : (i + 1) * size] if has_rows(value) else value for name, value in tensor_dict.items()}
         for i in range(num_chunks)
     ]
 
 
 def num_rows(batch: dict[str, Any]) -> int:
     """B, by the first entry that has rows."""
-    return len(next(value for value in batch.values() if _has_rows(value)))
+    return len(next(value for value in batch.values() if has_rows(value)))
 
 
-def _has_rows(value: Any) -> bool:
+def has_rows(value: Any) -> bool:
+    """Whether an entry of a padded dict has a part for each row: a tensor or an array, a list; text has not."""
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, str)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_fast.batch import Layout
+from grpo_fast.batch import Layout, moved
 
 # scores held at a time by the tiled back end (4 MiB in fp32), and the fewest queries a long segment is cut into
 TILE_SCORES = 2**20
@@ -70,12 +70,14 @@ def _buckets(layout: Layout) -> list[list[int]]:
     return buckets
 
 
-def make_tiling(layout: Layout, *, window: int | None, num_heads: int, num_kv_heads: int) -> Tiling:
-    device = layout.cu_queries.device
+def make_tiling(
+    layout: Layout, device: torch.device, *, window: int | None, num_heads: int, num_kv_heads: int
+) -> Tiling:
+    """Tiles on `device` for a layout that is on the host, a window or None, and head counts."""
     num_queries, num_keys = torch.tensor(layout.query_lengths), torch.tensor(layout.key_lengths)
     query_starts = torch.tensor([0, *accumulate(layout.query_lengths)])
     key_starts = torch.tensor([0, *accumulate(layout.key_lengths)])
-    key_index = torch.arange(int(key_starts[-1])) if layout.key_index is None else layout.key_index.cpu()
+    key_index = torch.arange(int(key_starts[-1])) if layout.key_index is None else layout.key_index
     heads_KG = torch.arange(num_heads).view(1, num_kv_heads, -1, 1)
     tiles: list[_Tile] = []
     restore = torch.empty(int(query_starts[-1]) * num_heads, dtype=torch.int64)
@@ -102,15 +104,15 @@ def make_tiling(layout: Layout, *, window: int | None, num_heads: int, num_kv_he
                 filled += len(rows)
                 tile = _Tile(
                     size=(len(members), num_kv_heads, num_heads // num_kv_heads, len(i_Q), len(j_L)),
-                    query_rows=rows.to(device),
-                    key_rows=(key_BL[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None])
-                    .flatten()
-                    .to(device),
-                    padding=None if bool(is_row.all()) else (~is_row).nonzero().flatten().to(device),
+                    query_rows=moved(rows, device),
+                    key_rows=moved(
+                        (key_BL[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]).flatten(), device
+                    ),
+                    padding=None if bool(is_row.all()) else moved((~is_row).nonzero().flatten(), device),
                     bias=_bias(i_Q, j_L, queries_B1, ahead_B1, window, device),
                 )
                 tiles.append(tile)
-    return Tiling(tiles=tiles, restore=restore.to(device))
+    return Tiling(tiles=tiles, restore=moved(restore, device))
 
 
 def _bias(
@@ -127,7 +129,7 @@ def _bias(
         seen_BQL |= (i_Q >= queries_B1)[:, :, None]
     if bool(seen_BQL.all()):
         return None
-    return torch.zeros(seen_BQL.shape).masked_fill_(~seen_BQL, -torch.inf)[:, None, None].to(device)
+    return moved(torch.zeros(seen_BQL.shape).masked_fill_(~seen_BQL, -torch.inf)[:, None, None], device)
 
 
 def _gather(states: Tensor, rows: Tensor, tile: _Tile) -> Tensor:

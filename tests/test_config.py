@@ -21,6 +21,9 @@ OURS = {
     "vllm_engine_kwargs",
     "log_memory",
     "overlap_rewards",
+    "skip_zero_gradient_rows",
+    "dynamic_sampling_rounds",
+    "checkpointed_layers",
 }
 
 

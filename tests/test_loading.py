@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from grpo_fast import GRPOConfig, loading
 from grpo_fast.attention import can_pack, packed_attention
 from grpo_fast.packing import pack_rows
+from grpo_fast.padding import pad_rows
 from grpo_fast.policy import install_scoring, score
 from tests import tiny_vlm
 from tests.tiny_lm import make_model, make_tokenizer, save
@@ -237,13 +238,13 @@ def test_disabled_dropout_makes_training_mode_deterministic():
     assert models["attention's number"].config.rms_norm_eps > 0, "only dropouts are zeroed"
 
 
-def reference_logps(model, row):
+def reference_logps(model, rows):
     """Scores from the model's own hidden states, in its dtype, and a head in fp32."""
     with torch.no_grad():
-        hidden = model.get_decoder()(input_ids=row.input_ids)[0][0, row.predict].float()
+        hidden = model.get_decoder()(**rows.model_inputs)[0].flatten(0, 1)[rows.predict].float()
         with torch.autocast("cpu", enabled=False):
             logits = hidden @ model.get_output_embeddings().weight.float().T
-    return logits.log_softmax(-1).gather(-1, row.targets[:, None])[:, 0]
+    return logits.log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -251,17 +252,18 @@ def reference_logps(model, row):
 def test_head_in_fp32(tied, autocast):
     model = qwen2(tied=tied).eval()
     model = model if autocast else model.bfloat16()
-    rows = pack_rows([[5, 6, 7]] * 2, [[8, 9, 10], [11, 12]], max_tokens=64, one_row_per_pack=True)
+    (rows,) = pad_rows([[5, 6, 7]] * 2, [[8, 9, 10], [11, 12]], max_tokens=64)
+    input_ids = rows.model_inputs["input_ids"][:1]
     embedding = model.get_input_embeddings().weight
     install_scoring(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        before = model(input_ids=rows[0].input_ids).logits
+        before = model(input_ids=input_ids).logits
         loading.cast_lm_head_to_fp32(model)
-        hidden = model.get_decoder()(input_ids=rows[0].input_ids)[0]
-        logits = model(input_ids=rows[0].input_ids).logits
-        expected = torch.cat([reference_logps(model, row) for row in rows])
+        hidden = model.get_decoder()(input_ids=input_ids)[0]
+        logits = model(input_ids=input_ids).logits
+        expected = reference_logps(model, rows)
         for copied in (model, copy.deepcopy(model)):
-            logps = torch.cat([score(copied, row, temperature=1.0)[0] for row in rows])
+            logps = score(copied, rows, temperature=1.0)[0]
             assert logps.dtype == torch.float32
             assert (logps - expected).abs().max() < FP32_HEAD
     assert before.dtype == torch.bfloat16

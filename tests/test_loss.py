@@ -41,9 +41,8 @@ def make_objective(*, correction=None, max_completion_length=8, **changes):
 
 
 def make_parts(rows, columns, inputs, weights, objective):
-    return RowsLoss(
-        rows_N=rows, columns_N=columns, inputs=inputs, weights_B=weights, objective=objective, bonus=Bonus()
-    )
+    lengths = tuple(torch.unique_consecutive(rows, return_counts=True)[1].tolist())
+    return RowsLoss(rows, columns, lengths, inputs, weights_B=weights, objective=objective, bonus=Bonus())
 
 
 def metrics_of(stats, objective):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from grpo_fast.batch import Pack
 from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.prefix_tree import MIN_PREFIX
 
 
 def draw(rng: random.Random, length: int) -> list[int]:
@@ -20,6 +22,19 @@ def ragged_rows(seed: int, num_groups: int = 5, group_size: int = 4) -> tuple[li
     prompt_ids = [prompt for prompt in prompts for _ in range(group_size)]
     completion_ids = [draw(rng, rng.choice([0, 1, 2, 7, 15])) for _ in prompt_ids]
     return prompt_ids, completion_ids
+
+
+def turns(seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts that begin alike, and completions that part only after some turns."""
+    rng = random.Random(seed)
+    system, turn = draw(rng, 20), [draw(rng, 18) for _ in range(3)]
+    prompt_ids, completion_ids = [], []
+    for question in (draw(rng, 5), draw(rng, 9)):
+        for taken in ([], [0], [0], [0, 1], [0, 1], [0, 2], [2]):
+            prompt_ids.append(system + question)
+            completion_ids.append([token for i in taken for token in turn[i]] + draw(rng, rng.randint(0, 4)))
+    # one row twice, and one that ends where others go on
+    return [*prompt_ids, prompt_ids[3]], [*completion_ids, completion_ids[3]]
 
 
 def visible_tokens(pack: Pack, position: int) -> list[int]:
@@ -35,13 +50,14 @@ def visible_tokens(pack: Pack, position: int) -> list[int]:
     raise AssertionError(f"{position} is in no segment")
 
 
+@pytest.mark.parametrize("rows", [ragged_rows, turns])
 @pytest.mark.parametrize("share", [True, False, "auto"])
 @pytest.mark.parametrize("max_tokens", [1, 20, 64, None])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_scored_token_is_predicted_once_from_exactly_its_row_so_far(
-    share: bool | str, max_tokens: int | None, seed: int
+    rows: Callable[[int], tuple[list[list[int]], list[list[int]]]], share: bool | str, max_tokens: int | None, seed: int
 ) -> None:
-    prompt_ids, completion_ids = ragged_rows(seed)
+    prompt_ids, completion_ids = rows(seed)
     seen = []
     for pack in pack_rows(prompt_ids, completion_ids, max_tokens=max_tokens, share_prompts=share):
         tokens = list(zip(pack.rows.tolist(), pack.columns.tolist(), strict=True))
@@ -53,7 +69,52 @@ def test_every_scored_token_is_predicted_once_from_exactly_its_row_so_far(
             assert visible_tokens(pack, position) == context
             assert pack.position_ids[0, position] == len(context) - 1
         seen += tokens
+        assert (
+            pack.num_row_tokens
+            == pack.token_rows.sum()
+            == sum(len(prompt_ids[row]) + len(completion_ids[row]) - 1 for row in pack.row_ids)
+        )
     assert sorted(seen) == [(row, c) for row, ids in enumerate(completion_ids) for c in range(len(ids))]
+
+
+def test_turns_are_shared_at_any_depth() -> None:
+    """As many tokens are run as there are different beginnings, but for turns too short for a segment of their own."""
+    prompt_ids, completion_ids = turns(0)
+    (pack,) = pack_rows(prompt_ids, completion_ids, max_tokens=None, share_prompts=True)
+    beginnings = {
+        tuple((prompt + completion[:-1])[:end])
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        if completion
+        for end in range(1, len(prompt) + len(completion))
+    }
+    repeated = pack.width - len(beginnings)
+    assert 0 <= repeated < MIN_PREFIX
+    # system, question, turn and turn, before its own tokens
+    assert max(pack.layout.key_lengths) > 20 + 5 + 2 * 18
+    assert pack.token_rows.max() == len([completion for completion in completion_ids if completion])
+
+
+def test_everything_runs_where_tokens_are_counted() -> None:
+    prompt_ids, completion_ids = [[1, 2], [1, 2], [3]], [[4, 5], [6], []]
+    (pack,) = pack_rows(prompt_ids, completion_ids, max_tokens=None, share_prompts=True, runs_everything=True)
+    assert sorted(pack.input_ids[0].tolist()) == [1, 2, 3, 4, 5, 6]
+    weights = dict(zip(pack.input_ids[0].tolist(), pack.token_rows[0].tolist(), strict=True))
+    assert weights == {1: 2, 2: 2, 3: 1, 4: 1, 5: 1, 6: 1}
+    assert (pack.targets.tolist(), pack.row_ids, pack.row_lengths) == ([4, 5, 6], (0, 1), (2, 1))
+
+
+def test_packs_cost_alike_where_attention_is_dear() -> None:
+    """A long row costs its square: the short ones go together, though their tokens are more."""
+    lengths = [64, *[16] * 8]
+    rows = [[1]] * 9, [[2 + i] * length for i, length in enumerate(lengths)]
+
+    def sizes(hidden_size: int | None) -> list[int]:
+        packs = pack_rows(*rows, max_tokens=128, share_prompts=False, hidden_size=hidden_size)
+        return [pack.width for pack in packs]
+
+    assert sizes(None) == [96, 96]
+    # 64 * 65 / 2 pairs against 136 a short row
+    assert sizes(1) == [64, 128]
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -110,14 +171,14 @@ def test_a_shared_prompt_is_run_once(share: bool, tokens: int) -> None:
 
 def test_a_group_over_the_budget_is_split_and_each_part_repeats_the_prompt() -> None:
     prompt = list(range(1, 11))
-    packs = pack_rows([prompt] * 6, [[2] * 6] * 6, max_tokens=20, share_prompts=True)
+    packs = pack_rows([prompt] * 6, [[20 + i] * 6 for i in range(6)], max_tokens=20, share_prompts=True)
     assert [pack.input_ids.numel() for pack in packs] == [20, 20, 20]
     assert all(pack.input_ids[0, :10].tolist() == prompt for pack in packs)
 
 
 def test_auto_shares_where_at_least_a_tenth_of_the_tokens_is_saved() -> None:
     def shares(prompt_length: int) -> bool:
-        (pack,) = pack_rows([[1] * prompt_length] * 2, [[2] * 41] * 2, max_tokens=None)
+        (pack,) = pack_rows([[1] * prompt_length] * 2, [[2] * 41, [3] * 41], max_tokens=None)
         return pack.layout.key_index is not None
 
     # two rows of P + 40 tokens share P: P >= 0.1 * (2 P + 80) from P = 10 on
@@ -136,13 +197,6 @@ def test_a_completion_of_one_token_runs_its_prompt_only() -> None:
     (pack,) = pack_rows([[4, 5, 6]], [[9]], max_tokens=8)
     assert pack.input_ids.tolist() == [[4, 5, 6]]
     assert (pack.predict.tolist(), pack.targets.tolist()) == ([2], [9])
-
-
-def test_one_row_per_pack_makes_plain_rows_in_order() -> None:
-    prompt_ids, completion_ids = ragged_rows(7)
-    packs = pack_rows(prompt_ids, completion_ids, max_tokens=64, share_prompts=True, one_row_per_pack=True)
-    assert [pack.row_ids for pack in packs] == [(row,) for row, ids in enumerate(completion_ids) if ids]
-    assert all(pack.layout.key_index is None and len(pack.layout.query_lengths) == 1 for pack in packs)
 
 
 @pytest.mark.parametrize(

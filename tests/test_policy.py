@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,12 +20,16 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
-from grpo_fast.attention import can_pack, packed_attention
+from grpo_fast.attention import packed_attention
 from grpo_fast.packing import pack_rows
-from grpo_fast.policy import check_scoring, install_scoring, score
-from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, build, falcon, llama, qwen3
+from grpo_fast.padding import pad_rows
+from grpo_fast.policy import install_scoring, score
+from grpo_fast.self_check import check_scoring
+from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, build, llama, qwen3
 
 # norm of the difference over norm of the truth, for fp32 models against the same weights in float64
 FP32_RELATIVE = 1e-5
@@ -61,7 +66,11 @@ Scores = tuple[dict[int, Tensor], dict[int, Tensor], dict[str, Tensor]]
 
 def oracle(model: nn.Module) -> Scores:
     """Log-probs and entropies by row, and the objective's gradients, of the float64 model row by row."""
-    model = copy.deepcopy(model).double()
+    return row_by_row(copy.deepcopy(model).double())
+
+
+def row_by_row(model: nn.Module) -> Scores:
+    """The same of the model in its own type."""
     model.zero_grad()
     logps, entropies = {}, {}
     for row, (prompt, completion) in enumerate(zip(*draw_rows(), strict=True)):
@@ -77,26 +86,27 @@ def oracle(model: nn.Module) -> Scores:
     return logps, entropies, gradients(model)
 
 
-def packed(
-    model: nn.Module, *, max_tokens: int | None, share_prompts: bool = False, one_row_per_pack: bool = False
-) -> Scores:
-    """The same from `score`."""
+def packed(model: nn.Module, *, max_tokens: int | None, share_prompts: bool = False, pads: bool = False) -> Scores:
+    """The same from `score`, of packs or of padded rows."""
     prompts, completions = draw_rows()
-    packs = pack_rows(
-        prompts, completions, max_tokens=max_tokens, share_prompts=share_prompts, one_row_per_pack=one_row_per_pack
-    )
+    batches: list[Any]
+    if pads:
+        batches = pad_rows(prompts, completions, max_tokens=max_tokens)
+    else:
+        batches = pack_rows(prompts, completions, max_tokens=max_tokens, share_prompts=share_prompts)
     model.zero_grad()
     logps, entropies = {}, {}
-    for pack in packs:
-        with packed_attention(model) if not one_row_per_pack else nullcontext():
-            logp, entropy, _ = score(model, pack, temperature=TEMPERATURE, return_entropy=True)
+    for scored in batches:
+        rows = sorted(set(scored.rows.tolist()))
+        with nullcontext() if pads else packed_attention(model):
+            logp, entropy, _ = score(model, scored, temperature=TEMPERATURE, return_entropy=True)
             assert entropy is not None
             assert logp.dtype == entropy.dtype == torch.float32
-            both = [weights_of(row, len(completions[row])) for row in pack.row_ids]
+            both = [weights_of(row, len(completions[row])) for row in rows]
             weights, entropy_weights = (torch.cat(parts).float() for parts in zip(*both, strict=True))
             ((weights * logp).sum() + (entropy_weights * entropy).sum()).backward()
-        for row in pack.row_ids:
-            logps[row], entropies[row] = logp[pack.rows == row].detach(), entropy[pack.rows == row].detach()
+        for row in rows:
+            logps[row], entropies[row] = logp[scored.rows == row].detach(), entropy[scored.rows == row].detach()
     return logps, entropies, gradients(model)
 
 
@@ -139,26 +149,19 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant: bool, share_promp
     assert_same(packed(model, max_tokens=30, share_prompts=share_prompts), truth)
 
 
+@pytest.mark.parametrize("max_tokens", [9, 30, None])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_one_row_packs_run_on_the_model_s_own_attention(family: str) -> None:
+def test_padded_rows_run_on_the_model_s_own_attention(family: str, max_tokens: int | None) -> None:
     model = FAMILIES[family]()
     install_scoring(model)
-    assert_same(packed(model, max_tokens=None, one_row_per_pack=True), oracle(model))
+    assert_same(packed(model, max_tokens=max_tokens, pads=True), oracle(model))
 
 
-def test_a_model_that_cannot_pack_scores_row_by_row() -> None:
-    model = falcon()
-    assert can_pack(model) is not None
-    install_scoring(model)
-    check_scoring(model)
-    assert_same(packed(model, max_tokens=None, one_row_per_pack=True), oracle(model))
-
-
-def test_several_rows_outside_packed_attention_are_refused() -> None:
+def test_a_pack_outside_packed_attention_is_refused() -> None:
     model = llama()
     install_scoring(model)
     (pack,) = pack_rows([[1, 2], [3]], [[4, 5], [6]], max_tokens=None)
-    with pytest.raises(ValueError, match="pack must hold one row outside packed_attention, got 2 rows in 2 segments"):
+    with pytest.raises(ValueError, match="scored must be PaddedRows outside packed_attention, got a Pack"):
         score(model, pack, temperature=1.0)
 
 
@@ -172,7 +175,7 @@ def test_peft_models_score_and_train_as_float64_rows_do(share_prompts: bool, mod
             if "lora_B" in name:
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
     install_scoring(model)
-    check_scoring(model)
+    assert check_scoring(model) is None
     truth = oracle(model)
     assert any("lora_B" in name for name in truth[2])
     assert any("lm_head" in name for name in truth[2]) == (modules_to_save is not None)
@@ -193,7 +196,7 @@ def test_logit_scales_of_known_configs_are_applied() -> None:
         build(GraniteForCausalLM, GraniteConfig(**sizes, logits_scaling=6.0)),
     ):
         install_scoring(model)
-        check_scoring(model)
+        assert check_scoring(model) is None
         assert_same(packed(model, max_tokens=30, share_prompts=True), oracle(model))
 
 
@@ -204,7 +207,7 @@ def test_the_self_check_passes_and_leaves_mode_attention_and_random_state(family
     install_scoring(model)
     modes = [module.training for module in model.modules()]
     native, state = model.config._attn_implementation, torch.get_rng_state()
-    check_scoring(model)
+    assert check_scoring(model) is None
     assert modes == [module.training for module in model.modules()]
     assert model.config._attn_implementation == native
     assert torch.equal(state, torch.get_rng_state())
@@ -224,12 +227,42 @@ def test_the_self_check_catches_logits_scaled_in_an_unknown_way() -> None:
         check_scoring(model)
 
 
-def test_the_self_check_catches_attention_that_ignores_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_whose_packs_differ_from_its_rows_runs_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     install_scoring(model)
     monkeypatch.setattr("grpo_fast.tiled_attention._bias", lambda *_: None)
-    with pytest.raises(ValueError, match="LlamaForCausalLM's own log-probs differ"):
+    assert "LlamaForCausalLM's scores of a pack differ from its own log-probs by" in str(check_scoring(model))
+
+
+def test_a_model_whose_padding_reaches_its_tokens_is_refused() -> None:
+    model = llama()
+    install_scoring(model)
+    # what a model that attends to later tokens does
+    model.config._attn_implementation = "sdpa"
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="from a row's own earlier tokens: LlamaForCausalLM's own log-probs differ"):
         check_scoring(model)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "reason"),
+    [
+        ("sliding_window", None, "Qwen2Attention must be given the window of its mask to be packed, 1000; got None"),
+        ("attention_dropout", 0.5, r"got dropout=0\.5"),
+    ],
+)
+def test_what_few_tokens_in_evaluation_do_not_show_keeps_a_model_from_packing(
+    attribute: str, value: Any, reason: str
+) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    # a window longer than the check's rows
+    windows = {"use_sliding_window": True, "sliding_window": 1000, "layer_types": ["sliding_attention"] * 2}
+    model = build(Qwen2ForCausalLM, Qwen2Config(**sizes, **windows))
+    install_scoring(model)
+    assert check_scoring(model) is None
+    setattr(model.model.layers[1].self_attn, attribute, value)
+    assert re.search(reason, str(check_scoring(model)))
 
 
 def test_a_model_still_generates_saves_and_copies(tmp_path: Path) -> None:
@@ -254,8 +287,8 @@ def test_a_deep_copy_scores_with_its_own_weights() -> None:
         for parameter in other.parameters():
             parameter.mul_(0.5)
     check_scoring(other)
-    (pack,) = pack_rows([[5, 6]], [[7, 8, 9]], max_tokens=None)
-    assert not torch.equal(score(model, pack, temperature=1.0)[0], score(other, pack, temperature=1.0)[0])
+    (rows,) = pad_rows([[5, 6]], [[7, 8, 9]], max_tokens=None)
+    assert not torch.equal(score(model, rows, temperature=1.0)[0], score(other, rows, temperature=1.0)[0])
 
 
 def test_hooks_on_the_head_see_the_scoring_call() -> None:

@@ -26,6 +26,8 @@ PACKAGES = ("trl", "grpo_fast")
 RTOL, ATOL = 1e-3, 1e-4
 # timings and memory
 IGNORED = re.compile(r"step_time|time/|memory/|train_runtime|_per_second|_runtime|total_flos")
+# what ours measures on the rows that it runs
+MEASURED = re.compile(r"entropy|clip_ratio|sampling/")
 CHAT = (
     "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
@@ -120,6 +122,8 @@ def assert_same_history(ours, theirs):
         for name, value in expected.items():
             where = f"{name} at step {expected['step']}"
             assert name in line, where
+            if line.get("rows/skipped") and MEASURED.search(name):
+                continue
             if value is None or (isinstance(value, float) and math.isnan(value)):
                 assert line[name] is None or math.isnan(line[name]), where
             elif not IGNORED.search(name):

@@ -51,6 +51,7 @@ SCRIPTS = {
     ),
     "adapter in hand, KL": Script(settings={"beta": 0.1}, model="adapted"),
     "mixture of experts": Script(settings={"router_aux_loss_coef": 0.1}, model="moe"),
+    "a model that cannot be packed": Script(settings={"beta": 0.1, "num_iterations": 2}, model="falcon"),
 }
 MORE_SCRIPTS = {
     "grpo, KL, clip-higher": Script(
@@ -87,6 +88,9 @@ MORE_SCRIPTS = {
     "LoRA, KL": Script(settings={"beta": 0.1, "learning_rate": 0.5}, lora=True),
     "mixture of experts, KL, accumulation": Script(
         settings={"beta": 0.1, "router_aux_loss_coef": 0.1, "gradient_accumulation_steps": 2}, model="moe"
+    ),
+    "a recurrent model, truncated masked": Script(
+        settings={"mask_truncated_completions": True, "num_iterations": 2}, model="mamba"
     ),
 }
 RUNS = [pytest.param(script, id=name) for name, script in SCRIPTS.items()]

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from grpo_fast.batch import Sampling
+from grpo_fast.batch import Runs, Sampling
 from grpo_fast.generation.vllm_engine import VLLMEngine
 from grpo_fast.generation.vllm_generation import VLLMGeneration
 from grpo_fast.generation.vllm_sampler import _second_runner_sampler, report_policy_logps
@@ -69,11 +69,11 @@ def test_ratio_of_an_unchanged_policy_is_one(pair, shape):
     drawn = engine.generate(PROMPTS, sampling)
     trainer = torch.cat([policy_logps(model, *row) for row in zip(PROMPTS, drawn.ids, strict=True)])
     sampler = torch.tensor([logp for row in drawn.logps for logp in row])
-    rows = torch.tensor([i for i, ids in enumerate(drawn.ids) for _ in ids])
+    runs = Runs.of(tuple(len(ids) for ids in drawn.ids), trainer.device)
     torch.testing.assert_close(sampler, trainer, rtol=0, atol=LOGP_ATOL)
     for mode in ("token_truncate", "sequence_mask"):
         correction = Correction(mode=mode, clip_min=None, clip_max=3.0)
-        ratios = sampler_weights(trainer - sampler, rows, correction).ratios
+        ratios = sampler_weights(trainer - sampler, runs, correction).ratios
         # a row's ratio is a product over its tokens
         torch.testing.assert_close(ratios, torch.ones_like(ratios), rtol=0, atol=8 * LOGP_ATOL)
 

@@ -40,7 +40,7 @@ def rows():
 
 def build(package, folder, make_class=None, *, model=None, rewards=(digits, column), dataset=None, **kwargs):
     """A trainer; `model` is a folder or makes one."""
-    names = ("processing_class", "tools", "callbacks", "eval_dataset", "script")
+    names = ("processing_class", "tools", "callbacks", "eval_dataset", "script", "rollout_func", "environment_factory")
     arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
     settings = {
         "output_dir": str(folder / package.__name__),
@@ -64,6 +64,8 @@ def build(package, folder, make_class=None, *, model=None, rewards=(digits, colu
     if package is grpo_fast:
         # several packs a micro-batch, which the plain loss takes backward one by one
         settings.setdefault("max_tokens_per_pack", 32)
+        # metrics of all rows, as TRL's
+        settings.setdefault("skip_zero_gradient_rows", False)
     base = package.GRPOTrainer
     return (make_class(base) if make_class else base)(
         reward_funcs=list(rewards),

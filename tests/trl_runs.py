@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 
 from tests.tiny_lm import CHARACTERS, make_model, make_tokenizer
 
@@ -27,6 +36,8 @@ CLOCKS = ("step_time", "_runtime", "_per_second")
 OURS = (
     "time/",
     "memory/",
+    "tokens/",
+    "rows/",
     "sampling/sampling_logp_difference/p99",
     "sampling/importance_sampling_ratio/unclipped_mean",
     "sampling/effective_sample_size",
@@ -145,7 +156,40 @@ def save_moe(folder):
     Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
-SAVED = {"llama": save_llama, "adapted": save_llama, "moe": save_moe}
+def save_falcon(folder):
+    """Attention that cannot be replaced, with ALiBi."""
+    torch.manual_seed(1)
+    config = FalconConfig(
+        vocab_size=len(CHARACTERS) + 3,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        alibi=True,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    FalconForCausalLM(config).save_pretrained(folder)
+
+
+def save_mamba(folder):
+    """A recurrent state."""
+    torch.manual_seed(1)
+    config = MambaConfig(
+        vocab_size=len(CHARACTERS) + 3,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=4,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    MambaForCausalLM(config).save_pretrained(folder)
+
+
+SAVED = {"llama": save_llama, "adapted": save_llama, "moe": save_moe, "falcon": save_falcon, "mamba": save_mamba}
 
 
 def save_model(name: str, folder: Any) -> str:
@@ -172,13 +216,17 @@ def run(package: Any, script: Script, folder: Any) -> Record:
         record.completions.append(completion_ids)
         return [None] * len(completion_ids)
 
+    settings = {"output_dir": str(folder / package.__name__)}
+    if package.__name__ == "grpo_fast":
+        # metrics of all rows, as TRL's
+        settings["skip_zero_gradient_rows"] = False
     model = save_model(script.model, folder / "model")
     rows = [{"prompt": prompt, "target": i} for i, prompt in enumerate(script.prompts)]
     keeper = Keeper(record)
     trainer = trainer_class(package, script.draw)(
         model=adapted(model) if script.model == "adapted" else model,
         reward_funcs=[*script.rewards, keep],
-        args=package.GRPOConfig(**SETTINGS | {"output_dir": str(folder / package.__name__)} | script.settings),
+        args=package.GRPOConfig(**SETTINGS | settings | script.settings),
         train_dataset=IterableDataset.from_generator(lambda: iter(rows)) if script.streams else Dataset.from_list(rows),
         eval_dataset={"few": Dataset.from_list(rows[:2]), "more": Dataset.from_list(rows[2:6])},
         processing_class=make_tokenizer(),

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from grpo_fast import adapters, data, loading, reference
-from grpo_fast.attention import adds_virtual_tokens, can_pack
+from grpo_fast import activations, adapters, data, loading, reference
+from grpo_fast.attention import adds_virtual_tokens
 from grpo_fast.compatibility import refuse_patched_library
 from grpo_fast.completions import CompletionLog
 from grpo_fast.config import GRPOConfig, as_dict
@@ -25,14 +25,16 @@ from grpo_fast.generation import context_length, require_vllm
 from grpo_fast.interrupt import SaveOnInterrupt
 from grpo_fast.memory import make_meter
 from grpo_fast.metrics import PhaseTimer, Stats, StepTimer
-from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
+from grpo_fast.policy import aux_loss_coef, install_scoring
 from grpo_fast.rewards import RewardFunc, check_rewards, is_async, make_rewards
+from grpo_fast.self_check import check_scoring
 from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
+from grpo_fast.trainer.memory_planning import MemoryPlanning
 from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from TRL's module of this name
 from grpo_fast.trainer.optimizers import OptimizerTrainer
+from grpo_fast.trainer.refilling import RefillTrainer
 from grpo_fast.trainer.reporting import ReportingTrainer
-from grpo_fast.trainer.rollouts import RolloutTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +49,7 @@ RolloutFunc = Callable[[list[Any], "GRPOTrainer"], dict[str, Any]]
 EnvironmentFactory = Callable[[], SupportsReset]
 
 
-class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
+class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) with TRL 1.16's arguments and numbers.
 
     Args:
@@ -139,7 +141,12 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self._interrupt, StepTimer(self.timer, self._metrics["train"])],
+            callbacks=[
+                *(callbacks or []),
+                self._interrupt,
+                StepTimer(self.timer, self._metrics["train"]),
+                MemoryPlanning(self),
+            ],
             optimizers=optimizers,
         )
         loading.refuse_data_parallel(args)
@@ -211,25 +218,26 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         self.eos_token_ids = loading.eos_token_ids(model, self._tokenizer)
         self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.router_aux_loss_coef != 0
+        activations.check_count(model, args.checkpointed_layers)
         model = adapters.prepare_adapters(model, peft_config, args)
         if args.disable_dropout:
             loading.disable_dropout(model)
         install_scoring(model)
-        check_scoring(model)
+        self.unpackable = check_scoring(model)
         if args.cast_lm_head_to_fp32:
             loading.cast_lm_head_to_fp32(model)
-        self.unpackable = can_pack(model)
-        self.pads_rows = self._is_vlm or self.aux_loss_enabled or adds_virtual_tokens(model)
+        self.pads_rows = self._is_vlm or adds_virtual_tokens(model)
         if self.pads_rows:
             logger.warning("%s: rows run padded, not packed", self._why_padded(model))
         elif self.unpackable is not None:
-            logger.warning("%s cannot be packed (%s): rows run one by one", type(model).__name__, self.unpackable)
+            name = type(model).__name__
+            logger.warning("%s cannot be packed (%s): rows run padded, sorted by length", name, self.unpackable)
         return model
 
     def _why_padded(self, model: nn.Module) -> str:
         if self._is_vlm:
             return f"{type(model).__name__} sees images"
-        return "router_aux_loss_coef counts padded micro-batches" if self.aux_loss_enabled else str(self.unpackable)
+        return str(self.unpackable)
 
     def _settle_tools(self, toolbox: Toolbox | None, rollout_func: RolloutFunc | None) -> None:
         self.toolbox, self.rollout_func = toolbox, rollout_func
@@ -256,13 +264,14 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
         self._entropy_window_stats = None
         self.timer = PhaseTimer(make_meter(args.device) if args.log_memory else None)
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._logs = CompletionLog(max_rows=args.generation_batch_size or 0)
+        self._logs = CompletionLog(max_rows=(args.generation_batch_size or 0) * (1 + args.dynamic_sampling_rounds))
         self._pending_stats: list[Stats] = []
         self._pending_metrics = defaultdict(list)
         self._pending_extra_logs = defaultdict(list)
         self._step = 0
         self._last_loaded_step = -1
         self._buffered_inputs = None
+        self._host_rows = []
         self._current_train_step_time = 0.0
 
     @property
@@ -304,7 +313,7 @@ class GRPOTrainer(RolloutTrainer, OptimizerTrainer, DataTrainer, ReportingTraine
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`; Ctrl-C or SIGTERM finishes the step and leaves a checkpoint."""
         # an earlier run may have ended within a generation batch
-        self._step, self._buffered_inputs = 0, None
+        self._step, self._buffered_inputs, self._running = 0, None, None
         with self._interrupt.installed():
             return super().train(*args, **kwargs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from grpo_fast import multimodal
-from grpo_fast.batch import Pack, PaddedRows
+from grpo_fast.batch import Pack, PaddedRows, moved
+from grpo_fast.host_rows import Rows
 from grpo_fast.importance import Correction, mismatch_metrics
-from grpo_fast.loss import Bonus, Objective, RowsLoss, base_stats, gamma_weights, off_policy_mask, row_weights
-from grpo_fast.metrics import Stats, has_samplers, loss_metrics, ratio_metrics
+from grpo_fast.loss import Objective, RowsLoss, base_stats, gamma_weights, off_policy_mask, weigh_sampler
+from grpo_fast.metrics import Stats, has_samplers, loss_metrics, ratio_metrics, work_metrics
 from grpo_fast.policy import score, score_loss
 from grpo_fast.trainer.base import replaced_methods
-from grpo_fast.trainer.scoring import ScoringTrainer, has_holes
+from grpo_fast.trainer.windows import ScoredRows, Window, WindowTrainer, loss_mask
 from grpo_kernels import PolicyLoss, entropy_quantile
 from grpo_kernels.options import CLIPPED_LOSSES, PolicyOptions
-from grpo_kernels.rows import joined
+from grpo_kernels.rows import cut, joined
 
 logger = logging.get_logger(__name__)
 
@@ -32,10 +33,9 @@ SCORING_SEAM = "_get_per_token_logps_and_entropies"
 NO_ENTROPY = -1.0
 
 
-class LossTrainer(ScoringTrainer):
+class LossTrainer(WindowTrainer):
     """The part of `GRPOTrainer` that computes the loss, its gradients and its metrics."""
 
-    max_completion_length: int
     beta: float
     epsilon_low: float
     epsilon_high: float
@@ -58,12 +58,6 @@ class LossTrainer(ScoringTrainer):
     _pending_stats: list[Stats]
     _pending_objective: Objective
     _pending_accumulation: float
-
-    @property
-    def steps_per_generation(self) -> int:
-        """Micro-batches a generation serves."""
-        assert self.args.steps_per_generation is not None
-        return self.args.steps_per_generation
 
     @property
     def _correction(self) -> Correction | None:
@@ -108,9 +102,14 @@ class LossTrainer(ScoringTrainer):
         )
 
     @property
-    def _accumulation(self) -> float:
-        """Micro-batches of this optimizer step; evaluation accumulates nothing."""
-        return self.current_gradient_accumulation_steps if self._mode == "train" else 1
+    def _takes_old_logps(self) -> bool:
+        """Whether the first pass over a generation gives the log-probs of the policy that generated.
+
+        It does where several passes follow each other, each within an optimizer step, and are swept.
+        """
+        is_aligned = not self.args.gradient_accumulation_steps % self.steps_per_generation
+        is_swept = self.top_entropy_quantile == 1 and not self._is_overridden(*OWN)
+        return self.num_iterations > 1 and is_aligned and is_swept
 
     def compute_loss(
         self,
@@ -127,8 +126,9 @@ class LossTrainer(ScoringTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's seam: the loss of a padded micro-batch.
 
-        In a training step whose loss nobody overrides, every pack but the last has been through its backward pass when
-        this returns, so that one pack's activations live at a time; the value is the whole loss.
+        In a training step whose loss nobody overrides, the micro-batches of an optimizer step are run together: each
+        call runs its share of the packs, all but the last of which have been through their backward pass when it
+        returns, so that one pack's activations live at a time. The values of the calls add up to the loss.
         """
         objective = self._objective
         needs_graph = torch.is_grad_enabled() and self._is_overridden(*LOSS_SEAMS)
@@ -140,8 +140,7 @@ class LossTrainer(ScoringTrainer):
             )
         is_whole = is_overridden or objective.top_entropy_quantile < 1
         with nullcontext() if self._runs_padded else self._scoring_attention(model):
-            loss, stats = (self._whole_loss if is_whole else self._swept_loss)(model, inputs, objective)
-        self._record(stats, objective)
+            loss = (self._whole_loss if is_whole else self._swept_loss)(model, inputs, objective)
         if self._is_overridden(*LOSS_SEAMS):
             # the override may read them
             self._flush_stats()
@@ -149,28 +148,28 @@ class LossTrainer(ScoringTrainer):
 
     # -- the two ways through the policy -------------------------------------------------------------------------------
 
-    def _swept_loss(self, model: nn.Module, inputs: dict[str, Any], objective: Objective) -> tuple[Tensor, Stats]:
+    def _swept_loss(self, model: nn.Module, inputs: dict[str, Any], objective: Objective) -> Tensor:
         """Pack by pack: the head computes a pack's loss with its gradients, and its backward pass follows at once."""
-        mask = _loss_mask(inputs)
-        bonus = self._bonus(objective, mask.sum())
-        weights = self._row_weights(inputs, mask, objective)
-        batches = self._batches_of(inputs, mask)
-        total, stats = torch.zeros((), device=mask.device), base_stats(objective, inputs, mask)
-        if not batches:
-            return self._zero_loss(model, inputs), stats
-        for i, scored in enumerate(batches):
-            is_last = i == len(batches) - 1
-            parts = RowsLoss(scored.rows, scored.columns, inputs, weights_B=weights, objective=objective, bonus=bonus)
+        window = self._window_of(inputs, objective)
+        share = window.shares[window.position]
+        # nothing to run, and not the step's last micro-batch
+        total = torch.zeros((), device=window.mask.device, requires_grad=torch.is_grad_enabled() and not share)
+        for i, scored in enumerate(share):
+            is_last = i == len(share) - 1
             # gradients travel between processes once, with the last pack; DDP decides that in the forward pass
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss, batch_stats = self._swept(model, scored, parts)
+                loss = self._zero_loss(model) if scored is None else self._swept(model, scored, window)
                 if torch.is_grad_enabled() and not is_last:
                     self.accelerator.backward(loss)
                     loss = loss.detach()
-            total, stats = total + loss, stats + batch_stats
-        return total, stats
+            total = total + loss
+        window.position += 1
+        if window.is_done:
+            self._close(window)
+        return total
 
-    def _swept(self, model: nn.Module, scored: Pack | PaddedRows, parts: RowsLoss) -> tuple[Tensor, Stats]:
+    def _swept(self, model: nn.Module, scored: Pack | PaddedRows, window: Window) -> Tensor:
+        parts = self._rows_loss(window, scored.rows, scored.columns, scored.row_lengths)
         terms: list[PolicyLoss] = []
 
         def loss(logps: Tensor, entropies: Tensor, rows: slice) -> PolicyLoss:
@@ -187,14 +186,65 @@ class LossTrainer(ScoringTrainer):
                 needs_whole_rows=parts.needs_whole_rows,
                 return_aux_loss=self.aux_loss_enabled,
             )
-        stats = parts.stats(logps, entropies, joined(terms))
-        return self._with_aux_loss(value, aux_loss, stats), stats
+        window.run.append((scored, logps, entropies, joined(terms)))
+        if aux_loss is None:
+            return value
+        window.aux_loss = aux_loss.detach()
+        return value + self.router_aux_loss_coef * aux_loss / self._accumulation
 
-    def _whole_loss(self, model: nn.Module, inputs: dict[str, Any], objective: Objective) -> tuple[Tensor, Stats]:
+    def _rows_loss(self, window: Window, rows: Tensor, columns: Tensor, lengths: tuple[int, ...]) -> RowsLoss:
+        return RowsLoss(
+            rows,
+            columns,
+            lengths,
+            window.inputs,
+            weights_B=window.weights,
+            objective=window.objective,
+            bonus=window.bonus,
+        )
+
+    @torch.no_grad()
+    def _close(self, window: Window) -> None:
+        """Record the metrics of a window's micro-batches, as if each had been run alone."""
+        self._running = None if self._running is window else self._running
+        done = window.in_row_order()
+        every_stats = []
+        for i, member in enumerate(window.members):
+            first, last = i * window.size, (i + 1) * window.size
+            stats = base_stats(window.objective, member, window.mask[first:last])
+            stats.add(silent=window.num_silent[i], masked=window.num_masked[i])
+            if done is not None:
+                scored, terms = done
+                some, lengths = scored.runs_between(first, last)
+                parts = self._rows_loss(window, scored.rows[some], scored.columns[some], lengths)
+                stats = stats + parts.stats(scored.logps[some], scored.entropies[some], cut(terms, some))
+            every_stats.append(stats)
+        for pack, *_ in window.run:
+            every_stats[0].add(run=pack.num_run, unpadded=pack.num_tokens, unshared=pack.num_row_tokens)
+        if window.aux_loss is not None:
+            every_stats[0].add(aux=window.aux_loss)
+        if done is not None and self._needs_later(window.members):
+            self._keep_old_logps(window, scored=done[0])
+        self._record(every_stats, window.objective)
+
+    def _keep_old_logps(self, window: Window, scored: ScoredRows) -> None:
+        """Give the micro-batches the log-probs of this pass, for the passes that follow."""
+        old = torch.zeros(window.mask.shape, device=window.mask.device)
+        old = old.index_put((scored.rows, scored.columns), scored.logps.float())
+        for i, member in enumerate(window.members):
+            some = slice(i * window.size, (i + 1) * window.size)
+            member["old_per_token_logps"] = old[some]
+            if "sampling_per_token_logps" in member and self._correction is not None:
+                ratio, _ = weigh_sampler(member, window.mask[some], self._correction)
+                member["importance_sampling_ratio"] = ratio
+
+    def _whole_loss(self, model: nn.Module, inputs: dict[str, Any], objective: Objective) -> Tensor:
         """All rows in one graph, from what the scoring seam gives."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].shape[1]
+        host = self._host(inputs)
+        self._copied = (ids, attention_mask, host.input_ids, host.attention_mask)
         logps, entropies, *rest = self._get_per_token_logps_and_entropies(
             model,
             ids,
@@ -207,21 +257,24 @@ class LossTrainer(ScoringTrainer):
         assert entropies is not None
         has_no_graph = torch.is_grad_enabled() and not logps.requires_grad
         # its forward pass meets the other processes', which they have made before they gather entropies
-        no_loss = self._zero_loss(model, inputs) if has_no_graph else 0.0
-        mask = _loss_mask(inputs)
-        rows, columns = mask.nonzero(as_tuple=True)
+        no_loss = self._zero_loss(model) if has_no_graph else 0.0
+        mask = loss_mask(inputs)
+        is_scored = host.loss_mask
+        rows, columns = (moved(index, mask.device) for index in is_scored.nonzero(as_tuple=True))
+        lengths = tuple(length for length in is_scored.sum(dim=1).tolist() if length)
         logps_N, entropies_N = logps[rows, columns], entropies[rows, columns]
-        threshold = None
-        num_counted = mask.sum()
+        threshold, counted = None, mask
         if objective.top_entropy_quantile < 1:
             threshold = self._entropy_threshold(entropies_N, objective.top_entropy_quantile)
-            num_counted = (entropies_N >= threshold).sum()
-        bonus = self._bonus(objective, num_counted, threshold)
+            counted = mask * (entropies >= threshold)
+        bonus = self._bonus(objective, [counted], threshold)
         weights = self._row_weights(inputs, mask, objective)
-        parts = RowsLoss(rows, columns, inputs, weights_B=weights, objective=objective, bonus=bonus)
+        parts = RowsLoss(rows, columns, lengths, inputs, weights_B=weights, objective=objective, bonus=bonus)
         terms = parts.differentiable(logps_N.float(), entropies_N.float())
         stats = base_stats(objective, inputs, mask) + parts.stats(logps_N.float(), entropies_N.float(), terms)
-        return self._with_aux_loss(terms.loss.sum() + no_loss, rest[0] if rest else None, stats), stats
+        loss = self._with_aux_loss(terms.loss.sum() + no_loss, rest[0] if rest else None, stats)
+        self._record([stats], objective)
+        return loss
 
     def _with_aux_loss(self, loss: Tensor, aux_loss: Tensor | None, stats: Stats) -> Tensor:
         if aux_loss is None:
@@ -229,52 +282,21 @@ class LossTrainer(ScoringTrainer):
         stats.add(aux=aux_loss.detach())
         return loss + self.router_aux_loss_coef * aux_loss / self._accumulation
 
-    def _zero_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """A loss of 0 that runs the model: a process without tokens still meets the others in the backward pass."""
-        first = inputs["prompt_ids"][:1, -1:]
-        ones = torch.ones_like(first)
-        (scored,) = self._packs(first, ones, first, ones)
+    def _zero_loss(self, model: nn.Module) -> Tensor:
+        """A loss of 0 that runs the model on one token.
+
+        Its gradients are zeros, with which the optimizer steps as TRL's does, and other processes meet this one.
+        """
+        scored = self._packs(Rows(prompt_ids=[[0]], completion_ids=[[0]], is_scored=torch.ones(1, 1).bool()))
         with self.accelerator.autocast():
-            logps, *_ = score(model, scored, temperature=self.temperature)
+            logps, *_ = score(model, scored[0], temperature=self.temperature)
         return 0.0 * logps.sum()
-
-    # -- what the loss is made of --------------------------------------------------------------------------------------
-
-    def _batches_of(self, inputs: dict[str, Any], mask: Tensor) -> Sequence[Pack | PaddedRows]:
-        """What the policy runs on for a padded micro-batch."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        prompt_ids, prompt_mask, completion_ids, completion_mask = (inputs[name] for name in names)
-        ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
-        if not self._runs_padded and not has_holes(attention_mask):
-            return self._packs(
-                prompt_ids, prompt_mask, completion_ids, completion_mask, mask if "tool_mask" in inputs else None
-            )
-        fields = multimodal.row_inputs(multimodal.fields_of(inputs), slice(0, ids.shape[0]))
-        return [self._padded_rows(ids, attention_mask, completion_ids.shape[1], fields, mask)]
-
-    def _row_weights(self, inputs: dict[str, Any], mask: Tensor, objective: Objective) -> Tensor:
-        accumulation = self._accumulation
-        # a subclass's own dict may leave it out where the loss type does not count tokens
-        num_items = inputs.get("num_items_in_batch")
-        if num_items is not None:
-            num_items = num_items.clamp(min=1) / self.accelerator.num_processes
-        return row_weights(
-            mask.sum(dim=1),
-            objective=objective,
-            num_items_per_process=num_items,
-            accumulation=accumulation,
-            windows=accumulation / self.steps_per_generation if self._mode == "train" else 1,
-        )
-
-    def _bonus(self, objective: Objective, num_counted: Tensor, threshold: Tensor | None = None) -> Bonus:
-        weight = None
-        if objective.entropy_coef is not None:
-            weight = objective.entropy_coef / (num_counted.clamp(min=1) * self._accumulation).float()
-        return Bonus(weight=weight, threshold=threshold)
 
     @torch.no_grad()
     def _entropy_threshold(self, entropies_N: Tensor, share: float) -> Tensor:
         """The entropy that a `share` of the micro-batch's tokens over all processes reaches. 0-dim fp32."""
+        if self.accelerator.num_processes == 1:
+            return entropy_quantile(entropies_N.detach().float(), share)
         padded = self.accelerator.pad_across_processes(entropies_N.detach().float(), dim=0, pad_index=NO_ENTROPY)
         gathered = self.accelerator.gather(padded)
         return entropy_quantile(gathered[gathered > NO_ENTROPY], share)
@@ -321,14 +343,14 @@ class LossTrainer(ScoringTrainer):
 
     # -- metrics -------------------------------------------------------------------------------------------------------
 
-    def _record(self, stats: Stats, objective: Objective) -> None:
-        """Keep a micro-batch's sums for `_flush_stats`, and move the entropy controller at an optimizer step."""
-        self._pending_stats.append(stats)
+    def _record(self, every_stats: list[Stats], objective: Objective) -> None:
+        """Keep micro-batches' sums for `_flush_stats`, and move the entropy controller at an optimizer step."""
+        self._pending_stats += every_stats
         self._pending_objective, self._pending_accumulation = objective, self._accumulation
         if not (self._entropy_bonus_enabled and self._mode == "train"):
             return
         if self.use_adaptive_entropy:
-            window = stats.of("bonus_entropy", "bonus_tokens")
+            window = torch.stack([stats.of("bonus_entropy", "bonus_tokens") for stats in every_stats]).sum(dim=0)
             before = self._entropy_window_stats
             self._entropy_window_stats = window if before is None else before + window
             if self.accelerator.sync_gradients:
@@ -354,7 +376,8 @@ class LossTrainer(ScoringTrainer):
         pending = self._pending_stats.copy()
         self._pending_stats.clear()
         gathered = self.accelerator.gather(torch.stack([stats.vector() for stats in pending])[None]).cpu()
-        for name, value in self._metrics_of(gathered):
+        work = work_metrics(gathered) if self._mode == "train" else {}
+        for name, value in (*self._metrics_of(gathered), *work.items()):
             self._metrics[self._mode][name].append(value)
         self._log_sampler(pending, gathered)
 
@@ -400,12 +423,6 @@ class LossTrainer(ScoringTrainer):
 
 # the seams before anybody replaces them
 OWN: dict[str, Any] = {name: getattr(LossTrainer, name) for name in (*LOSS_SEAMS, SCORING_SEAM)}
-
-
-def _loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """[B, C]: the tokens in the loss; what tools wrote is attended to, and not trained."""
-    mask: Tensor = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def _of_row(values: Tensor, mask: Tensor) -> Tensor:

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from grpo_fast import multimodal
 from grpo_fast.adapters import reference_adapter
-from grpo_fast.advantages import group_advantages, nanstd, weighted_rewards
+from grpo_fast.advantages import Advantages, group_advantages, nanstd, weighted_rewards
 from grpo_fast.completions import CompletionLog
 from grpo_fast.data import Prompt, is_conversational, tokenize_prompts
+from grpo_fast.host_rows import HostRows
 from grpo_fast.loss import weigh_sampler
 from grpo_fast.profiling import profiling_context, profiling_decorator
 from grpo_fast.rollout import length_metrics, padded_batch, shuffle_sequence_dict, split_tensor_dict
 from grpo_fast.trainer.losses import OWN, LossTrainer
 from grpo_fast.trainer.overlap import OVERLAP_SEAMS, OverlapTrainer
 from grpo_fast.trainer.proof import GENERATION_SEAMS, ProofTrainer
+from grpo_fast.trainer.windows import WINDOW_SEAMS
 
 # what a rollout function must return
 ROLLOUT_KEYS = ("prompt_ids", "completion_ids", "logprobs")
@@ -53,6 +55,7 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
             batch = multimodal.split_pixel_values_by_grid(self._timed_rollout(generation_batch))
             slices = split_tensor_dict(shuffle_sequence_dict(batch), self.steps_per_generation)
             self._buffered_inputs = [multimodal.unsplit_pixel_values_by_grid(part) for part in slices]
+            self._host_rows = [HostRows(part) for part in self._buffered_inputs]
         return self._buffered_inputs[self._step % self.steps_per_generation]
 
     def _timed_rollout(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -282,12 +285,12 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
     def _scores_old_policy(self) -> bool:
         """Whether the policy that generated is scored apart from the loss pass.
 
-        Where each generation feeds whole optimizer steps, the loss pass runs the weights that generated. But overrides
-        may read TRL's `old_per_token_logps` and `importance_sampling_ratio`.
+        Where the first pass over a generation lies within an optimizer step, it runs the weights that generated. But
+        overrides may read TRL's `old_per_token_logps` and `importance_sampling_ratio`.
         """
         is_aligned = not self.args.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations)
         if not is_aligned:
-            return True
+            return not self._takes_old_logps or self._mode == "eval"
         return self._correction is not None and self._is_overridden(*OWN)
 
     def _logps_of(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -305,13 +308,7 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         """This process's advantages [B], after logging what the rewards of all processes say."""
         rewards = rewards.cpu()
         weights = self.reward_weights.cpu()
-        result = group_advantages(
-            rewards,
-            weights,
-            num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
-            scale_rewards=self.scale_rewards,
-            aggregation=self.multi_objective_aggregation,
-        )
+        result = self._group_advantages(rewards)
         metrics, logs = self._metrics[self._mode], self._logs
         for i, name in enumerate(self.reward_func_names):
             metrics[f"rewards/{name}/mean"].append(rewards[:, i].nanmean().item())
@@ -328,8 +325,19 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         start = self.accelerator.process_index * len(prompts)
         return result.advantages[start : start + len(prompts)].to(self.accelerator.device)
 
+    def _group_advantages(self, rewards: Tensor) -> Advantages:
+        """What rewards [N, functions] of all processes, on the host, say of their rows."""
+        return group_advantages(
+            rewards,
+            self.reward_weights.cpu(),
+            num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
+            scale_rewards=self.scale_rewards,
+            aggregation=self.multi_objective_aggregation,
+        )
+
 
 OWN |= {name: getattr(RolloutTrainer, name) for name in ("_generate_and_score_completions", "_prepare_inputs")}
+WINDOW_SEAMS["_prepare_inputs"] = OWN["_prepare_inputs"]
 GENERATION_SEAMS |= {
     name: getattr(RolloutTrainer, name)
     for name in ("_prepare_inputs", "_generate_and_score_completions", "_generate", "_generate_single_turn")

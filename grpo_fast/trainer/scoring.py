@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,35 +11,37 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from grpo_fast import multimodal
-from grpo_fast.attention import packed_attention
-from grpo_fast.batch import Pack, PaddedRows
-from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.attention import causal_lm, packed_attention
+from grpo_fast.batch import Pack, PaddedRows, moved
+from grpo_fast.host_rows import Rows
+from grpo_fast.packing import pack_rows
+from grpo_fast.padding import pad_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
-from grpo_fast.trainer.base import BaseTrainer
+from grpo_fast.trainer.memory_planning import MemoryTrainer
 
 logger = logging.get_logger(__name__)
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
 
-class ScoringTrainer(BaseTrainer):
+class ScoringTrainer(MemoryTrainer):
     """The part of `GRPOTrainer` that turns rows into what the policy runs on."""
 
     temperature: float
     aux_loss_enabled: bool
-    unpackable: str | None
-    pads_rows: bool
 
     # whether `_scoring_attention` is in force
     _is_scoring = False
+    # what the next rows to be scored are on the device, ids and mask, and on the host
+    _copied: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @contextmanager
     def _scoring_attention(self, model: nn.Module) -> Iterator[None]:
         """The attention that rows are scored with: packed, or the model's own where rows stay padded; nests."""
         before, self._is_scoring = self._is_scoring, True
         try:
-            with nullcontext() if self.pads_rows else packed_attention(model):
+            with nullcontext() if self.pads_rows or self.unpackable is not None else packed_attention(model):
                 yield
         finally:
             self._is_scoring = before
@@ -49,58 +51,60 @@ class ScoringTrainer(BaseTrainer):
         """Whether rows stay padded: where the model needs it, and where gradients are wanted outside a training step.
 
         There nobody keeps the packed attention until the backward pass, in which checkpointed layers run again, and
-        the caller expects all gradients from that pass.
+        the caller expects all gradients from that pass. Models that cannot pack need no such attention.
         """
-        return self.pads_rows or (torch.is_grad_enabled() and not self._is_scoring)
+        return self.pads_rows or (self.unpackable is None and torch.is_grad_enabled() and not self._is_scoring)
 
-    def _packs(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        loss_mask: Tensor | None = None,
-    ) -> list[Pack]:
-        """The unmasked tokens of padded rows as packs, whose columns are those of `completion_ids`.
+    def _packs(self, rows: Rows, *, keep: Sequence[bool] | None = None) -> list[Pack | PaddedRows]:
+        """Rows as packs, or padded by length if the model cannot pack; all in one where an auxiliary loss counts.
 
-        All of a completion's unmasked tokens are run; with `loss_mask` only those it marks too are scored.
+        Their columns are those of the padded completions.
+
+        All of a completion's tokens are run; those that `rows.is_scored` marks are scored.
         """
         device = self.accelerator.device
-        completion_mask = completion_mask.cpu()
-        packs = pack_rows(
-            unpadded_rows(prompt_ids, prompt_mask),
-            unpadded_rows(completion_ids, completion_mask),
-            max_tokens=self.args.max_tokens_per_pack or default_max_tokens(device),
-            share_prompts=SHARE_PROMPTS[self.args.share_prompts],
-            one_row_per_pack=self.unpackable is not None,
-        )
-        if loss_mask is not None:
-            is_wanted = loss_mask.bool().cpu()
-            packs = [pack.only(is_wanted[pack.rows, pack.columns]) for pack in packs]
-        return [pack.to(device) for pack in packs if pack.targets.numel()]
+        counts_tokens = self.aux_loss_enabled
+        common: dict[str, Any] = {
+            "max_tokens": None if counts_tokens else self._max_tokens_per_pack(),
+            "runs_everything": counts_tokens,
+            "keep": keep,
+        }
+        packs: Sequence[Pack | PaddedRows]
+        if self.unpackable is None:
+            packs = pack_rows(
+                rows.prompt_ids,
+                rows.completion_ids,
+                share_prompts=SHARE_PROMPTS[self.args.share_prompts],
+                hidden_size=getattr(causal_lm(self.model).config.get_text_config(), "hidden_size", None),
+                **common,
+            )
+        else:
+            packs = pad_rows(rows.prompt_ids, rows.completion_ids, **common)
+        wanted = [pack.only(rows.is_scored[pack.rows, pack.columns]) for pack in packs]
+        return [pack.to(device) for pack in wanted if pack.targets.numel() or counts_tokens]
 
     def _padded_rows(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        fields: dict[str, Any],
-        loss_mask: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor, fields: dict[str, Any], *, is_scored: Tensor, num_tokens: int
     ) -> PaddedRows:
-        """Rows as they are, with the completion's unmasked tokens scored, or those `loss_mask` marks too."""
-        width = input_ids.shape[1]
-        is_scored = attention_mask[:, width - logits_to_keep :].bool()
-        if loss_mask is not None:
-            is_scored = is_scored & loss_mask.bool()
+        """Rows as they are, with the completion tokens scored that `is_scored` [B, C] bool marks; it is on the host.
+
+        `num_tokens` is how many `attention_mask` marks.
+        """
+        device, width = input_ids.device, input_ids.shape[1]
         rows, columns = is_scored.nonzero(as_tuple=True)
-        positions = columns + width - logits_to_keep
+        lengths = is_scored.sum(1).tolist()
+        positions = moved(columns + width - is_scored.shape[1], device)
+        predict = moved(rows * width + columns + width - is_scored.shape[1] - 1, device)
+        rows, columns = moved(rows, device), moved(columns, device)
         return PaddedRows(
-            predict=rows * width + positions - 1,
+            predict=predict,
             targets=input_ids[rows, positions],
             rows=rows,
             columns=columns,
-            row_lengths=tuple(length for length in is_scored.sum(1).tolist() if length),
+            row_ids=tuple(row for row, length in enumerate(lengths) if length),
+            row_lengths=tuple(length for length in lengths if length),
             model_inputs={"input_ids": input_ids, "attention_mask": attention_mask, **fields},
+            num_row_tokens=num_tokens,
         )
 
     def _get_per_token_logps_and_entropies(
@@ -148,10 +152,10 @@ class ScoringTrainer(BaseTrainer):
             Log-probs [B, C] and entropies [B, C] or None, fp32, 0.0 where masked; the auxiliary loss, 0-dim, or None.
 
         Raises:
-            ValueError: If the auxiliary loss is asked for in a run without one, whose rows are packed.
+            ValueError: If the auxiliary loss is asked for in a run without one, whose packs leave out tokens.
         """
-        if compute_aux_loss and not self.pads_rows:
-            raise ValueError("compute_aux_loss=True needs a run with router_aux_loss_coef: rows are packed without it")
+        if compute_aux_loss and not self.aux_loss_enabled:
+            raise ValueError("compute_aux_loss=True needs a run with router_aux_loss_coef: packs leave out tokens")
         fields = multimodal.given(
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
@@ -181,6 +185,7 @@ class ScoringTrainer(BaseTrainer):
         """The scores of all batches, put into `logps` [B, C] of zeros and others like it."""
         entropies = torch.zeros_like(logps) if compute_entropy else None
         aux_losses = []
+        self._plan_checkpointing(batches, together=True)
         for i, scored in enumerate(batches):
             # what processes exchange in a forward pass they exchange once, however many passes each makes
             is_last = i == len(batches) - 1 and torch.is_grad_enabled()
@@ -198,6 +203,13 @@ class ScoringTrainer(BaseTrainer):
             aux_losses += [] if aux_loss is None else [aux_loss]
         return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
 
+    def _on_host(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies on the host: those that are known, or made here, which waits for the device."""
+        copied, self._copied = self._copied, None
+        if copied is not None and copied[0] is input_ids and copied[1] is attention_mask:
+            return copied[2], copied[3]
+        return input_ids.cpu(), attention_mask.cpu()
+
     def _scored_batches(
         self,
         input_ids: Tensor,
@@ -209,23 +221,33 @@ class ScoringTrainer(BaseTrainer):
         pads: bool,
     ) -> Iterator[Pack | PaddedRows]:
         B, width = input_ids.shape
-        if not pads and not has_holes(attention_mask):
-            prompt, completion = slice(None, width - logits_to_keep), slice(width - logits_to_keep, None)
-            yield from self._packs(
-                input_ids[:, prompt], attention_mask[:, prompt], input_ids[:, completion], attention_mask[:, completion]
+        ids, mask = self._on_host(input_ids, attention_mask)
+        prompt, completion = slice(None, width - logits_to_keep), slice(width - logits_to_keep, None)
+        is_scored = mask[:, completion].bool()
+        if not pads and not has_holes(mask):
+            rows = Rows(
+                prompt_ids=unpadded_rows(ids[:, prompt], mask[:, prompt]),
+                completion_ids=unpadded_rows(ids[:, completion], mask[:, completion]),
+                is_scored=is_scored,
             )
+            yield from self._packs(rows)
             return
         for start in range(0, B, batch_size or max(B, 1)):
-            rows = slice(start, min(start + (batch_size or B), B))
-            row_fields = multimodal.row_inputs(fields, rows)
-            yield self._padded_rows(input_ids[rows], attention_mask[rows], logits_to_keep, row_fields).shifted(start)
+            some = slice(start, min(start + (batch_size or B), B))
+            yield self._padded_rows(
+                input_ids[some],
+                attention_mask[some],
+                multimodal.row_inputs(fields, some),
+                is_scored=is_scored[some],
+                num_tokens=int(mask[some].sum()),
+            ).shifted(start)
 
 
 def has_holes(attention_mask: Tensor) -> bool:
     """Whether a row of [B, T] leaves out tokens between others.
 
-    Such a row runs padded, as it stands: what follows a hole is predicted at its last token, which sees all but the
-    hole, and positions count it.
+    The mask is on the host. Such a row runs padded, as it stands: what follows a hole is predicted at its last token,
+    which sees all but the hole, and positions count it.
     """
     mask = attention_mask.bool()
     num_runs = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)

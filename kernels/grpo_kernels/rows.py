@@ -12,8 +12,8 @@ from torch import Tensor
 Rows = TypeVar("Rows")
 
 
-def cut(values: Rows, rows: slice) -> Rows:
-    """The dataclass of a slice of the rows, in views; None and 0-dim fields stay."""
+def cut(values: Rows, rows: slice | Tensor) -> Rows:
+    """The dataclass of a slice of the rows, in views, or of rows by their numbers; None and 0-dim fields stay."""
     given = {name: t for name, t in _fields(values).items() if isinstance(t, Tensor) and t.ndim > 0}
     return dataclasses.replace(values, **{name: t[rows] for name, t in given.items()})  # type: ignore[type-var]
 
