@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.composition_cases import EOS, MAX_COMPLETION, Case, Row
 from tests.composition_runs import CLIP_MAX, CLIP_MIN, Key, Run, Weights, make_oracle_model, sampled_logps
 from tests.padded_loss import Inputs, Loss, Settings, padded_loss
-from tests.padded_oracle import ExactPolicy, Padded
+from tests.padded_oracle import Padded, PaddedPolicy
 
 # of an entropy to the quantile; fp32 is off by less
 CLOSEST = 1e-5
@@ -53,11 +53,11 @@ def settings_of(case: Case) -> Settings:
 
 
 class Oracle:
-    """The truth about a case's run, from the records of all its processes."""
+    """The truth about a case's run, from the records of all its processes; in fp32 what plain PyTorch makes of it."""
 
-    def __init__(self, case: Case, runs: list[Run]) -> None:
+    def __init__(self, case: Case, runs: list[Run], *, dtype: torch.dtype = torch.float64) -> None:
         self.case, self.runs, self.settings = case, runs, settings_of(case)
-        self.policy = ExactPolicy(make_oracle_model(case), runs[0].initial)
+        self.policy = PaddedPolicy(make_oracle_model(case), runs[0].initial, dtype=dtype)
         self.ref_logps = self._logps(runs[0].initial, is_reference=True) if case.beta else {}
         # the logps of all rows under the weights that generated: by the step that did
         self.old_logps = {step: self._logps(runs[0].steps[step].weights) for step, _ in runs[0].rollouts}

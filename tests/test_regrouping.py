@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_fast import GRPOConfig, GRPOTrainer
 from tests.padded_loss import Inputs, Settings, bounds_of, padded_loss, sampler_weights
-from tests.padded_oracle import ExactPolicy, Padded
+from tests.padded_oracle import Padded, PaddedPolicy
 from tests.tiny_lm import make_model, make_tokenizer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -105,7 +105,7 @@ def draw(rng: random.Random, length: int) -> tuple[int, ...]:
 class Window:
     """A row set with its oracle."""
 
-    def __init__(self, rows: Rows, policy: ExactPolicy, seed: int) -> None:
+    def __init__(self, rows: Rows, policy: PaddedPolicy, seed: int) -> None:
         self.rows, self.policy = rows, policy
         self.padded = Padded.of(rows.prompts, rows.completions, rows.is_kept)
         self.logps, self.entropies, _ = policy.score(self.padded, temperature=1.0)
@@ -217,8 +217,8 @@ def trainer(tmp_path_factory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def policy(trainer) -> ExactPolicy:
-    return ExactPolicy(make_model(**SIZES), trainer.model.state_dict())
+def policy(trainer) -> PaddedPolicy:
+    return PaddedPolicy(make_model(**SIZES), trainer.model.state_dict())
 
 
 def tell(trainer: Any, rows: Rows, num_micro_batches: int, rng: random.Random) -> None:
