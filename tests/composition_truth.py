@@ -124,14 +124,14 @@ class Oracle:
         is_reported = bool(self.sampling_logps)
 
         def laid_out(values: dict[Key, list[float]] | dict[Key, list[float | None]]) -> Tensor:
-            return right_padded([values[key] for key in keys], length)
+            return right_padded([values[key] for key in keys], length).to(self.policy.dtype)
 
         env_mask = right_padded([row.env_mask for row in rows], length).bool()
         return _MicroBatch(
             padded,
             Inputs(
                 mask=padded.is_scored & env_mask,
-                advantages=torch.tensor([[row.advantage] for row in rows], dtype=torch.float64),
+                advantages=torch.tensor([[row.advantage] for row in rows], dtype=self.policy.dtype),
                 old_logps=laid_out(old_logps),
                 ref_logps=laid_out(self.ref_logps) if self.ref_logps else None,
                 sampling_logps=laid_out(self.sampling_logps) if is_reported else None,

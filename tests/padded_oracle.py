@@ -76,7 +76,7 @@ class PaddedPolicy:
         return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
     def score(self, rows: Padded, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and entropies [B, C] float64, 0 where not scored, and the routers' auxiliary loss or None."""
+        """Log-probs and entropies [B, C], 0 where not scored, and the routers' auxiliary loss or None."""
         length = rows.is_scored.shape[1]
         with StaysDouble() if self.dtype == torch.float64 else nullcontext():
             outputs = self.model(
@@ -91,7 +91,7 @@ class PaddedPolicy:
         logps = logps_BCV.gather(-1, rows.input_ids[:, -length:, None])[..., 0]
         entropies = -(logps_BCV.exp() * logps_BCV).sum(-1)
         aux_loss = self._aux_loss(outputs.router_logits, rows.attention_mask) if self.has_routers else None
-        logps, entropies = (torch.where(rows.is_scored, values, 0.0).double() for values in (logps, entropies))
+        logps, entropies = (torch.where(rows.is_scored, values, 0.0) for values in (logps, entropies))
         return logps, entropies, aux_loss
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
