@@ -122,7 +122,7 @@ class Step:
 
     last: int
     probe: Probe = field(default_factory=Probe)
-    passes: list[list[int]] = field(default_factory=list)
+    passes: list[list[int]] = field(default_factory=lambda: [[]])
 
     def watch(self, trainer: Any) -> None:
         """Count what the policy's input embedding gets, and time the phases."""
@@ -131,8 +131,9 @@ class Step:
         step = self
 
         class Ends(TrainerCallback):
-            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-                step.passes.append([])
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                # a trainer may run the model before the step, to see what it needs
+                step.passes[:] = [[]]
                 step.probe.begin()
 
             def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

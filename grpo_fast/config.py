@@ -168,7 +168,7 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
     )
     share_prompts: str = _help(
         "Run a prompt once for its completions of the same pack: True ('always'), False ('never'), or 'auto' where it "
-        "saves a tenth.",
+        "saves 2% of the tokens.",
         "auto",
     )
     skip_zero_gradient_rows: bool = _help(
