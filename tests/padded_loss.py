@@ -66,7 +66,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """0-dim each: the loss, which carries the gradient, and the sum of its terms' sizes, which bounds its rounding."""
+    """0-dim each: the loss, which carries the gradient, and the sum of its summands' sizes, which bounds its rounding."""
 
     value: Tensor
     size: Tensor
@@ -97,14 +97,16 @@ def padded_loss(logps: Tensor, entropies: Tensor, aux_loss: Tensor | None, input
     terms = terms * is_uncertain
     if weights is not None and settings.loss_type != "vespo":
         terms = terms * weights
+    sizes = terms.abs()
     if settings.beta:
         assert inputs.ref_logps is not None
         delta = inputs.ref_logps - logps
-        kl = delta.exp() - delta - 1
-        terms = terms + settings.beta * (kl * ratio if settings.use_bias_correction_kl else kl)
+        factor = settings.beta * (ratio if settings.use_bias_correction_kl else 1)
+        terms = terms + factor * (delta.exp() - delta - 1)
+        sizes = sizes + factor * (delta.exp() + delta.abs() + 1)
 
-    shares = terms * mask * token_weights(inputs, settings)
-    loss, size = shares.sum(), shares.abs().sum()
+    token_weight = mask * token_weights(inputs, settings)
+    loss, size = (terms * token_weight).sum(), (sizes * token_weight).sum()
     if settings.entropy_coef:
         counted = mask * is_uncertain
         bonus = settings.entropy_coef * entropies * counted / counted.sum().clamp(min=1) / inputs.accumulation
