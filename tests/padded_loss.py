@@ -66,7 +66,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """0-dim each: the loss, which carries the gradient, and the sum of its summands' sizes, which bounds its rounding."""
+    """0-dim each: the loss, which carries the gradient, and the sum of its summands' sizes, a bound of its rounding."""
 
     value: Tensor
     size: Tensor
