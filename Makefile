@@ -39,7 +39,7 @@ offline: $(VENV)/.installed
 	$(BIN)/python -m grpo_kernels.offline $(ARGS)
 
 bench: $(VENV)/.installed
-	$(BIN)/python bench/bench_main_job.py $(ARGS)
+	$(BIN)/python -m bench.bench_main_job $(ARGS)
 
 clean:
 	rm -rf $(VENV)

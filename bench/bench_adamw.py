@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from provenance import provenance
 from torch import Tensor, nn
 
+from bench.provenance import provenance
 from grpo_fast.optimizer import ShadowAdamW
 
 # bytes of an element

@@ -15,14 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from head_child import Run
-from head_providers import DATA, DTYPES, PROVIDERS, why_not
-from head_table import Result, markdown
-from provenance import provenance
-
+from bench.head_child import Run
+from bench.head_providers import DATA, DTYPES, PROVIDERS, why_not
+from bench.head_table import Result, markdown
+from bench.provenance import provenance
 from grpo_fast.cli import ENVIRONMENT
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 CPU_SHAPES = ((4096, 576, 49152),)
 # Qwen3-8B, Qwen3-1.7B, Qwen2.5-1.5B, Llama-3.1-8B
 CUDA_SHAPES = ((8192, 4096, 151936), (16384, 2048, 151936), (32768, 1536, 151936), (8192, 4096, 128256))
@@ -42,9 +41,9 @@ def run_child(label: str, *options: str, threads: int) -> Run | str:
     """Measure one provider in a fresh process; returns the last line of its standard error if it failed."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
-        command = [sys.executable, str(HERE / "head_child.py"), label, *options, "--out", str(out)]
+        command = [sys.executable, "-m", "bench.head_child", label, *options, "--out", str(out)]
         done = subprocess.run(
-            command, env=child_environment(label, threads), stderr=subprocess.PIPE, text=True, check=False
+            command, env=child_environment(label, threads), cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False
         )
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines()

@@ -14,13 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from main_job_table import WARMUP_STEPS, Run, Step, markdown, same_prompts
-from provenance import provenance
-
+from bench.main_job_table import WARMUP_STEPS, Run, Step, markdown, same_prompts
+from bench.provenance import provenance
 from grpo_fast.cli import ENVIRONMENT
 
 LABELS = ("trl", "grpo-fast-vllm", "grpo-fast-transformers")
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def child_environment(label: str, threads: int) -> dict[str, str]:
@@ -38,8 +37,8 @@ def run_child(label: str, *options: str, threads: int) -> Run:
     """Measure one trainer in a fresh process, whose output goes to this one's standard error."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
-        command = [sys.executable, str(HERE / "main_job_child.py"), label, *options, "--out", str(out)]
-        subprocess.run(command, env=child_environment(label, threads), stdout=sys.stderr, check=True)
+        command = [sys.executable, "-m", "bench.main_job_child", label, *options, "--out", str(out)]
+        subprocess.run(command, env=child_environment(label, threads), cwd=ROOT, stdout=sys.stderr, check=True)
         fields = json.loads(out.read_text())
     return Run(**fields | {"steps": [Step(**step) for step in fields["steps"]]})
 

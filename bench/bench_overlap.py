@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from provenance import provenance
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from bench.provenance import provenance
 from grpo_fast import GRPOConfig, GRPOTrainer
 
 VOCABULARY, NUM_ENDS = 512, 8

@@ -15,21 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench_main_job import child_environment
-from profile_rows import PROFILES
-from profiles_table import Measured, same_rows, seconds_table, tokens_table
-from provenance import provenance
+from bench.bench_main_job import child_environment
+from bench.profile_rows import PROFILES
+from bench.profiles_table import Measured, same_rows, seconds_table, tokens_table
+from bench.provenance import provenance
 
 LABELS = ("trl", "grpo-fast")
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_child(label: str, profiles: list[str], *options: str, threads: int) -> list[Measured]:
     """Measure one trainer in a fresh process, whose output goes to this one's standard error."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
-        command = [sys.executable, str(HERE / "profiles_child.py"), label, *profiles, *options, "--out", str(out)]
-        subprocess.run(command, env=child_environment(label, threads), stdout=sys.stderr, check=True)
+        command = [sys.executable, "-m", "bench.profiles_child", label, *profiles, *options, "--out", str(out)]
+        subprocess.run(command, env=child_environment(label, threads), cwd=ROOT, stdout=sys.stderr, check=True)
         return [Measured(**fields) for fields in json.loads(out.read_text())]
 
 

@@ -67,31 +67,31 @@ fi
 step tests 390 "$python" -m pytest -q -m "not slow" --maxfail=40 -p no:cacheprovider
 step offline 60 "$python" -m grpo_kernels.offline
 # 1: does a product with fp32 results keep cuBLAS's rate; how many rows does a block want
-step products 90 "$python" bench/bench_tiles.py products --out "$out/products.json"
+step products 90 "$python" -m bench.bench_tiles products --out "$out/products.json"
 # 2: are the passes bound by memory, and does a tile stay in L2
-step passes 50 "$python" bench/bench_tiles.py passes --depths 4096 --out "$out/passes.json"
+step passes 50 "$python" -m bench.bench_tiles passes --depths 4096 --out "$out/passes.json"
 # 3: which candidate wins at which D
-step fused 170 "$python" bench/bench_tiles.py fused --out "$out/fused.json"
+step fused 170 "$python" -m bench.bench_tiles fused --out "$out/fused.json"
 # 5: against the peers; all of them at the first shape, then the other shapes, then random data
-step head 240 "$python" bench/bench_head.py --device cuda --repeats 1 --shape 8192,4096,151936 --out "$out/head.json"
+step head 240 "$python" -m bench.bench_head --device cuda --repeats 1 --shape 8192,4096,151936 --out "$out/head.json"
 few=(--only ours --only ours-fused --only trl --only liger --only floor)
-step head-shapes 200 "$python" bench/bench_head.py --device cuda --repeats 1 "${few[@]}" \
+step head-shapes 200 "$python" -m bench.bench_head --device cuda --repeats 1 "${few[@]}" \
     --shape 16384,2048,151936 --shape 32768,1536,151936 --shape 8192,4096,128256 --out "$out/head_shapes.json"
-step head-random 60 "$python" bench/bench_head.py --device cuda --repeats 1 --data random --shape 8192,4096,151936 \
+step head-random 60 "$python" -m bench.bench_head --device cuda --repeats 1 --data random --shape 8192,4096,151936 \
     --only ours --only cce --only cce-exact --only trl --out "$out/head_random.json"
 # 6: rows left out (25, 50 and 75 % of 8192), and the frozen head
-step rows 60 "$python" bench/bench_head.py --device cuda --repeats 1 --only ours --shape 6144,4096,151936 \
+step rows 60 "$python" -m bench.bench_head --device cuda --repeats 1 --only ours --shape 6144,4096,151936 \
     --shape 4096,4096,151936 --shape 2048,4096,151936 --out "$out/rows.json"
-step frozen 60 "$python" bench/bench_head.py --device cuda --repeats 1 --frozen --only ours --only trl --only floor \
+step frozen 60 "$python" -m bench.bench_head --device cuda --repeats 1 --frozen --only ours --only trl --only floor \
     --shape 8192,4096,151936 --out "$out/frozen.json"
 # 7: what bounds a pass, a fused product and a gradient product
 step profile 40 ncu --clock-control none --print-summary per-kernel \
     --kernel-name 'regex:_exp_tile_kernel|_fused_exp_kernel|nvjet|gemm|cutlass' \
     --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct \
-    "$python" bench/bench_tiles.py products passes fused --rows 2048 --depths 4096 --columns 4096 --vocab 16384 --repeats 1
+    "$python" -m bench.bench_tiles products passes fused --rows 2048 --depths 4096 --columns 4096 --vocab 16384 --repeats 1
 # 8: optimiser steps, alone and end to end
-step adamw 20 "$python" bench/bench_adamw.py --model Qwen3-0.6B --repeats 50
-step main-job 60 "$python" bench/bench_main_job.py --steps 12 --out "$out/main_job.json"
+step adamw 20 "$python" -m bench.bench_adamw --model Qwen3-0.6B --repeats 50
+step main-job 60 "$python" -m bench.bench_main_job --steps 12 --out "$out/main_job.json"
 
 if [ -z "$is_list" ]; then
     echo

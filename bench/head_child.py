@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from head_providers import DATA, DTYPES, NUM_SEQUENCES, PROVIDERS, Problem, Provider, errors, make_problem
+
+from bench.head_providers import DATA, DTYPES, NUM_SEQUENCES, PROVIDERS, Problem, Provider, errors, make_problem
 
 # rows whose log-probs and gradients are compared with float64
 CHECK_ROWS = 128

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from head_child import Run
-from head_providers import PROVIDERS
+from bench.head_child import Run
+from bench.head_providers import PROVIDERS
 
 # what ours is divided by
 PEERS = ("trl", "trl-no-entropy", "liger", "liger-tf32", "logits", "cce", "cce-exact")

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from main_job_table import PHASES, Run, Step
+from bench.main_job_table import PHASES, Run, Step
 
 # the job of both trainers; field names are TRL's, and what is not named here is each trainer's default
 JOB: dict[str, Any] = {

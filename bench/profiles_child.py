@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from main_job_child import Probe, _peak_rss_mib
-from profile_rows import (
+from bench.main_job_child import Probe, _peak_rss_mib
+from bench.profile_rows import (
     EOS,
     GENERATIONS,
     MICRO_BATCH,
@@ -31,7 +31,7 @@ from profile_rows import (
     longest,
     true_tokens,
 )
-from profiles_table import Measured
+from bench.profiles_table import Measured
 
 LAYERS, VOCABULARY = 30, 49152
 SMOLLM2: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from profile_rows import MICRO_BATCHES, PROFILES
+from bench.profile_rows import MICRO_BATCHES, PROFILES
 
 # CPU seconds must fall by at least this part of the token ratio
 SECONDS_SHARE = 0.7

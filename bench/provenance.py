@@ -22,13 +22,13 @@ PACKAGES = (
     "accelerate",
     "flash-attn",
 )
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def provenance() -> dict[str, object]:
     """JSON-ready; the commit is None where the code lies outside a repository."""
-    commit = _output("git", "-C", str(HERE), "rev-parse", "HEAD")
-    is_dirty = commit is not None and _output("git", "-C", str(HERE), "status", "--porcelain", "-uno") != ""
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    is_dirty = commit is not None and _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") != ""
     return {
         "commit": f"{commit}-dirty" if is_dirty else commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,29 +1,13 @@
 """The main-job bench: its arithmetic on canned runs, and its command line."""
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-table = load("main_job_table")
+from bench import main_job_child as child
+from bench import main_job_table as table
 
 
 def make_run(label, *, train, generation=1.0, peak=1000.0, cuda=None):
@@ -118,10 +102,9 @@ def test_prompts_are_compared_in_order():
     assert not table.same_prompts([run, replace(run, steps=run.steps[::-1])])
 
 
-def test_nested_phases_are_charged_once():
-    child = load("main_job_child")
+def test_nested_phases_are_charged_once(monkeypatch):
     clock = iter(range(100))
-    child._now = lambda: (float(next(clock)), 0.0)
+    monkeypatch.setattr(child, "_now", lambda: (float(next(clock)), 0.0))
     probe = child.Probe()
     rewards = probe.timed(lambda: None, "rewards")
     generate = probe.timed(lambda: (rewards(), rewards()), "generation")
@@ -133,7 +116,6 @@ def test_nested_phases_are_charged_once():
 
 
 def test_a_method_that_raises_closes_its_phase():
-    child = load("main_job_child")
     probe = child.Probe()
 
     def fail():
@@ -147,12 +129,11 @@ def test_a_method_that_raises_closes_its_phase():
 def test_the_trainer_has_every_timed_method():
     from grpo_fast import GRPOTrainer
 
-    child = load("main_job_child")
     assert [name for name in child.PHASE_OF_METHOD if not callable(getattr(GRPOTrainer, name, None))] == []
 
 
 def run_bench(*options):
-    command = [sys.executable, str(BENCH / "bench_main_job.py"), *options]
+    command = [sys.executable, "-m", "bench.bench_main_job", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -1,39 +1,24 @@
 """The LM head's bench: its data, its truth, every provider against it, its table, and the script for a GPU."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+
+from bench import bench_tiles as tiles
+from bench import head_child as child
+from bench import head_providers as providers
+from bench import head_table as table
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 SIZES = {"N": 48, "D": 32, "V": 700}
 
 # fp32 sums of 700 terms
 FP32 = 2e-6
-
-
-def load(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # the bench's files import each other by these names
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-providers = load("head_providers")
-child = load("head_child")
-table = load("head_table")
 
 
 def make_problem(*, dtype="fp32", data="peaked", **options):
@@ -220,14 +205,14 @@ def test_failures_are_told():
 
 
 def run_bench(script, *options):
-    command = [sys.executable, str(BENCH / script), *options]
+    command = [sys.executable, "-m", f"bench.{script}", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_one_command_measures_and_writes(tmp_path):
     out = tmp_path / "head.json"
     options = ("--shape", "64,32,700", "--dtype", "fp32", "--repeats", "1", "--device", "cpu", "--out", str(out))
-    done = run_bench("bench_head.py", *options, "--only", "logits", "--only", "floor", "--only", "cce")
+    done = run_bench("bench_head", *options, "--only", "logits", "--only", "floor", "--only", "cce")
     assert done.returncode == 0, done.stderr
     assert len(cells(done.stdout, "logits")) == 9
     assert "Not run: cce (needs CUDA)." in done.stdout
@@ -248,13 +233,12 @@ def load_json(path):
 def test_a_provider_that_fails_does_not_stop_the_others():
     # 20 rows are no 8 sequences
     options = ("--shape", "20,32,700", "--dtype", "fp32", "--repeats", "2", "--device", "cpu", "--only", "floor")
-    done = run_bench("bench_head.py", *options)
+    done = run_bench("bench_head", *options)
     assert done.returncode == 0
     assert "floor failed: ValueError: N must be a multiple of 8, got 20" in done.stdout
 
 
 def test_tiles_are_timed_without_a_gpu(capsys, monkeypatch, tmp_path):
-    tiles = load("bench_tiles")
     out = tmp_path / "tiles.json"
     sizes = {"rows": 32, "depths": 16, "columns": 48, "vocab": 100, "repeats": 1, "device": "cpu", "out": out}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
@@ -269,7 +253,6 @@ def test_tiles_are_timed_without_a_gpu(capsys, monkeypatch, tmp_path):
 
 
 def test_rates_are_amounts_over_time():
-    tiles = load("bench_tiles")
     sizes = {"R": 1, "D": 1, "V": 1, "C": 1}
     assert tiles.Line("product", **sizes, ms=2.0, amount=4e12, unit="TFLOP/s").rate == 2000
     assert tiles.Line("pass", **sizes, ms=2.0, amount=4e9, unit="GB/s").rate == 2000

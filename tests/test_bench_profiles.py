@@ -2,16 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
-import profile_rows as rows_of  # noqa: E402
-import profiles_child as child  # noqa: E402
-import profiles_table as table  # noqa: E402
+from bench import profile_rows as rows_of
+from bench import profiles_child as child
+from bench import profiles_table as table
 
 # tokens over those of the true rows; sigmas are multiples of 0.05, which comes this close
 PADDED = {"math": 2.71, "cot": 2.67, "r1": 3.16, "rag": 2.02, "agent": 1.92}
@@ -146,7 +142,7 @@ def test_trl_s_tokens_are_those_of_its_padded_micro_batches():
 
 
 def test_help_names_the_options():
-    command = [sys.executable, str(BENCH / "bench_profiles.py"), "--help"]
+    command = [sys.executable, "-m", "bench.bench_profiles", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for option in ("--profile", "--scale", "--layers", "--threads", "--whole-step", "--tokens-only", "--out"):
         assert option in done.stdout
