@@ -34,6 +34,7 @@ from grpo_fast.batch import Pack, PaddedRows
 from grpo_fast.modes import evaluating, training
 from grpo_fast.packing import pack_rows
 from grpo_fast.padding import pad_rows
+from grpo_fast.tied_embedding import head_weight, install_lookup, one_gradient
 from grpo_kernels import linear_logps, linear_loss
 from grpo_kernels.linear_loss import RowsLoss
 
@@ -94,6 +95,7 @@ def install_scoring(model: nn.Module) -> None:
     for linear in _head_linears(lm):
         # torch.compile leaves the head alone: its tiles and their gradients are no graph
         _install(linear, lambda original: torch.compiler.disable(_scoring_head(original)))
+    install_lookup(lm.get_input_embeddings())  # type: ignore[operator]
     _install(lm, _scoring_lm)
 
 
@@ -319,15 +321,16 @@ def _scoring_lm(original: Forward) -> Forward:
         given = {name: value for name, value in kwargs.items() if value is not None}
         if score.aux_weights is not None:
             given["output_router_logits"] = True
-        outputs = _backbone(self)(*args, **given)
-        hidden = outputs[0][:, -score.width :].flatten(0, 1)
-        softcap, logit_scale = _logit_transform(self.config.get_text_config())
-        results = self.get_output_embeddings()(
-            hidden.index_select(0, score.predict.to(hidden.device)),
-            score=score,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
+        with one_gradient():
+            outputs = _backbone(self)(*args, **given)
+            hidden = outputs[0][:, -score.width :].flatten(0, 1)
+            softcap, logit_scale = _logit_transform(self.config.get_text_config())
+            results = self.get_output_embeddings()(
+                hidden.index_select(0, score.predict.to(hidden.device)),
+                score=score,
+                softcap=softcap,
+                logit_scale=logit_scale,
+            )
         return *results, None if score.aux_weights is None else _aux_loss(self, outputs, score.aux_weights)
 
     return forward
@@ -393,7 +396,7 @@ def _scoring_head(original: Forward) -> Forward:
         if score.loss is not None:
             trained = linear_loss(
                 input,
-                self.weight,
+                head_weight(self.weight),
                 targets,
                 score.loss,
                 bias=self.bias,
@@ -407,7 +410,7 @@ def _scoring_head(original: Forward) -> Forward:
             return trained.loss, trained.logps, trained.entropy
         scored = linear_logps(
             input,
-            self.weight,
+            head_weight(self.weight),
             targets,
             bias=self.bias,
             temperature=score.temperature,

@@ -33,6 +33,7 @@ from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from T
 from grpo_fast.trainer.optimizers import OptimizerTrainer
 from grpo_fast.trainer.refilling import RefillTrainer
 from grpo_fast.trainer.reporting import ReportingTrainer
+from grpo_fast.trainer.step_memory import StepMemoryTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +48,7 @@ RolloutFunc = Callable[[list[Any], "GRPOTrainer"], dict[str, Any]]
 EnvironmentFactory = Callable[[], SupportsReset]
 
 
-class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
+class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer, StepMemoryTrainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) with TRL 1.16's arguments and numbers.
 
     Args:
@@ -150,6 +151,7 @@ class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer
             if args.sync_ref_model:
                 self.add_callback(reference.SyncRefModelCallback(self.ref_model, self.accelerator))
         self.model.add_model_tags(list(self._tag_names))
+        self._shrink_steps()
         # each process samples differently
         set_seed(args.seed, device_specific=True)
         self._start_engine()
