@@ -4,13 +4,14 @@ Letters: T packed tokens, H query heads, K key-value heads, D head width, S atte
 
 A pack is run without an attention mask and without a cache; which token sees which is said by a `Layout`, which
 travels to every layer as the keyword `layout=` inside an `AttentionPlan`. A call without one, from a subclass's own
-code for example, gets the attention the model had before. Three back ends compute the same function:
+code for example, gets the attention the model had before. Four back ends compute the same function:
 
 - `flash_attn`, on CUDA in fp16 or bf16, when that package is installed;
-- `torch.nn.attention.varlen`, on CUDA in fp16 or bf16, without soft-capping;
-- tiles, anywhere, in fp32 or wider: matrix products over padded tiles of similar segments. They keep only the pack's
-  own queries, keys and values for the backward pass, and take shared prompts, windows and soft caps alike. Against
-  torch's own causal attention on a CPU they cost less for short rows in bf16 and up to 1.7 times as much for long ones.
+- `torch.nn.attention.varlen`, on CUDA in fp16 or bf16, without soft-capping; this and the one before want the keys of
+  each segment end to end, but keep each key once for the backward pass (`grpo_fast.shared_keys`);
+- torch's flash kernel for the CPU, in fp32 or wider, without windows and soft-capping: on runs of queries and keys;
+- tiles, anywhere, in fp32 or wider: matrix products over padded tiles of similar segments. They take shared prompts,
+  windows and soft caps alike, and cost less than the kernel where segments are short.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo_fast.batch import Layout
+from grpo_fast.segment_attention import Part, make_parts, segment_attention
+from grpo_fast.shared_keys import on_gathered_keys
 from grpo_fast.tiled_attention import Tiling, make_tiling, tiled_attention
 
 if TYPE_CHECKING:
@@ -54,21 +57,29 @@ _made_masks: ContextVar[list[tuple[Tensor, int | None]] | None] = ContextVar("ma
 
 
 class AttentionPlan:
-    """A layout on the device, with what the tiled back end derives from it at the first layer and keeps for the others.
+    """A layout on the device, with what back ends derive from it at the first layer and keep for the others.
 
     Attributes:
         layout: Its tensors are on the device.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        """Take a layout that is on the host, from which tiles are made without a wait for the device."""
+        """Take a layout that is on the host, from which the rest is made without a wait for the device."""
         self.layout, self._host, self._device = layout.to(device), layout, device
         self._tilings: dict[tuple[int | None, int, int], Tiling] = {}
 
+    @cached_property
+    def parts(self) -> list[Part] | None:
+        """The parts of a pack on the CPU, or None where tiles serve it better."""
+        return make_parts(self._host)
+
+    def reach(self, window: int | None) -> int | None:
+        """The window; None where it reaches over every segment, which is the same as none."""
+        return None if window is None or window >= max(self._host.key_lengths, default=0) else window
+
     def tiling(self, window: int | None, num_heads: int, num_kv_heads: int) -> Tiling:
-        """The tiles for a window and head counts. Windows that reach over every segment are the same as none."""
-        if window is not None and window >= max(self._host.key_lengths, default=0):
-            window = None
+        """The tiles for a window and head counts."""
+        window = self.reach(window)
         key = (window, num_heads, num_kv_heads)
         if key not in self._tilings:
             self._tilings[key] = make_tiling(
@@ -117,7 +128,7 @@ def adds_virtual_tokens(model: nn.Module) -> bool:
 def can_pack(model: nn.Module) -> str | None:
     """Why rows cannot be packed for this model, in words, or None if they can.
 
-    This reads the model's declarations only. `grpo_fast.policy.check_scoring` compares results.
+    This reads the model's declarations only. `grpo_fast.self_check.check_scoring` compares results.
     """
     lm = causal_lm(model)
     config = lm.config
@@ -292,8 +303,8 @@ def _packed_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query_THD, key_TKD, value_TKD = (states[0].transpose(0, 1) for states in (query, key, value))
-    backend = _choose_backend(query_THD, value_TKD, softcap)
     call = _Call(plan=layout, scaling=scaling, window=sliding_window, softcap=softcap)
+    backend = _choose_backend(query_THD, value_TKD, call)
     return backend(query_THD, key_TKD, value_TKD, call)[None], None
 
 
@@ -307,14 +318,18 @@ def _compare_window(name: str, mask: Tensor, window: int | None) -> None:
     raise ValueError(f"attention_mask must be None in {name} under packed attention, got a mask")
 
 
-def _choose_backend(query_THD: Tensor, value_TKD: Tensor, softcap: float | None) -> Callable[..., Tensor]:
+def _choose_backend(query_THD: Tensor, value_TKD: Tensor, call: _Call) -> Callable[..., Tensor]:
     half = query_THD.dtype in (torch.float16, torch.bfloat16)
     width = query_THD.shape[-1]
-    flash_fits = query_THD.is_cuda and half and width == value_TKD.shape[-1] and width <= MAX_FLASH_WIDTH
+    is_square = width == value_TKD.shape[-1]
+    flash_fits = query_THD.is_cuda and half and is_square and width <= MAX_FLASH_WIDTH
+    is_plain = call.softcap is None and call.plan.reach(call.window) is None
     if flash_fits and importlib.util.find_spec("flash_attn") is not None:
         backend = _flash_attention
-    elif flash_fits and softcap is None:
+    elif flash_fits and call.softcap is None:
         backend = _varlen_attention
+    elif query_THD.device.type == "cpu" and is_square and is_plain and call.plan.parts is not None:
+        backend = _segment_attention
     else:
         backend = _tiled_attention
     _announce(backend.__name__, query_THD.device.type, query_THD.dtype)
@@ -329,29 +344,28 @@ def _announce(backend: str, device_type: str, dtype: torch.dtype) -> None:
     logging.get_logger(__name__).info(f"packed attention: {backend.strip('_')} on {device_type} in {dtype}")
 
 
-def _packed_keys(key_TKD: Tensor, value_TKD: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    if layout.key_index is None:
-        return key_TKD, value_TKD
-    return key_TKD.index_select(0, layout.key_index), value_TKD.index_select(0, layout.key_index)
-
-
 def _flash_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     layout = call.plan.layout
-    out: Tensor = flash_attn_varlen_func(
-        query_THD,
-        *_packed_keys(key_TKD, value_TKD, layout),
-        cu_seqlens_q=layout.cu_queries,
-        cu_seqlens_k=layout.cu_keys,
-        max_seqlen_q=max(layout.query_lengths),
-        max_seqlen_k=max(layout.key_lengths),
-        softmax_scale=call.scaling,
-        causal=True,
-        window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
-        softcap=call.softcap or 0.0,
-    )
-    return out
+
+    def kernel(keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(
+            query_THD,
+            keys,
+            values,
+            cu_seqlens_q=layout.cu_queries,
+            cu_seqlens_k=layout.cu_keys,
+            max_seqlen_q=max(layout.query_lengths),
+            max_seqlen_k=max(layout.key_lengths),
+            softmax_scale=call.scaling,
+            causal=True,
+            window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
+            softcap=call.softcap or 0.0,
+        )
+        return out
+
+    return on_gathered_keys(kernel, key_TKD, value_TKD, layout.key_index)
 
 
 @cache
@@ -366,17 +380,27 @@ def _varlen_function() -> Callable[..., Any]:
 
 def _varlen_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:
     layout = call.plan.layout
-    out: Tensor = _varlen_function()(
-        query_THD,
-        *_packed_keys(key_TKD, value_TKD, layout),
-        layout.cu_queries,
-        layout.cu_keys,
-        max(layout.query_lengths),
-        max(layout.key_lengths),
-        scale=call.scaling,
-        window_size=(-1 if call.window is None else call.window - 1, 0),
-    )
-    return out
+
+    def kernel(keys: Tensor, values: Tensor) -> Tensor:
+        out: Tensor = _varlen_function()(
+            query_THD,
+            keys,
+            values,
+            layout.cu_queries,
+            layout.cu_keys,
+            max(layout.query_lengths),
+            max(layout.key_lengths),
+            scale=call.scaling,
+            window_size=(-1 if call.window is None else call.window - 1, 0),
+        )
+        return out
+
+    return on_gathered_keys(kernel, key_TKD, value_TKD, layout.key_index)
+
+
+def _segment_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:
+    assert call.plan.parts is not None
+    return segment_attention(query_THD, key_TKD, value_TKD, call.plan.parts, scaling=call.scaling)
 
 
 def _tiled_attention(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, call: _Call) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; the host does not wait for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    # from memory that may be paged out a CUDA copy is not asynchronous
+    source = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return source.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,11 +163,12 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
 
     # grpo-fast's own
     max_tokens_per_pack: int | None = _help(
-        "Most tokens of a packed or padded forward pass (a longer row runs alone); None chooses by device.", None
+        "Most tokens of a packed or padded forward pass (a longer row runs alone); None goes by device and memory.",
+        None,
     )
     share_prompts: str = _help(
         "Run a prompt once for its completions of the same pack: True ('always'), False ('never'), or 'auto' where it "
-        "saves a tenth.",
+        "saves 2% of the tokens.",
         "auto",
     )
     skip_zero_gradient_rows: bool = _help(
@@ -198,6 +199,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "more generation, s + s^2 + ... of it where a share s of the groups has no signal, in small batches one after "
         "another; and the training pass has more rows with a gradient. Metrics are of all that was rolled out.",
         0,
+    )
+    checkpointed_layers: int | None = _help(
+        "gradient_checkpointing: how many of the model's layers, from the first on, recompute; None as few as the free "
+        "memory allows.",
+        None,
     )
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
             *("beta", "epsilon", "epsilon_high", "router_aux_loss_coef", "entropy_coef_delta", "top_k"),
             *("max_tool_calling_iterations", "vllm_check_interval", "vllm_server_timeout"),
             *("off_policy_mask_threshold", "vllm_importance_sampling_clip_min", "dynamic_sampling_rounds"),
+            "checkpointed_layers",
         ),
     ),
     (
@@ -123,6 +124,7 @@ EFFECTS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ),
     ("log_completions=True", lambda args: args.log_completions, ("num_completions_to_print", "log_unique_prompts")),
     ("use_liger_kernel=True", lambda args: args.use_liger_kernel, ("liger_kernel_config",)),
+    ("gradient_checkpointing=True", lambda args: args.gradient_checkpointing, ("checkpointed_layers",)),
 )
 
 
@@ -201,6 +203,12 @@ def check_combinations(args: Any) -> None:
             f"dynamic_sampling_rounds={args.dynamic_sampling_rounds} replaces whole groups, so every process must have "
             f"whole groups: per_device_train_batch_size ({args.per_device_train_batch_size}) x steps_per_generation "
             f"({args.steps_per_generation}) = {rows} must be divisible by num_generations ({args.num_generations})"
+        )
+    kwargs = args.gradient_checkpointing_kwargs or {}
+    if args.checkpointed_layers is not None and kwargs.get("every_n_layers", 1) != 1:
+        raise ValueError(
+            f"checkpointed_layers={args.checkpointed_layers} and gradient_checkpointing_kwargs['every_n_layers']="
+            f"{kwargs['every_n_layers']} both say which layers recompute: set one of them only"
         )
     if args.log_completions_hub_repo is not None and not args.log_completions:
         raise ValueError(

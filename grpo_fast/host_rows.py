@@ -64,6 +64,11 @@ class HostRows:
         self._values[SKIPPED] = is_skipped
 
     @property
+    def input_ids(self) -> Tensor:
+        """[B, prompt and completion]."""
+        return torch.cat([self._values["prompt_ids"], self._values["completion_ids"]], dim=1)
+
+    @property
     def attention_mask(self) -> Tensor:
         """[B, prompt and completion]."""
         return torch.cat([self._values["prompt_mask"], self._values["completion_mask"]], dim=1)

@@ -281,7 +281,9 @@ def weigh_sampler(
     ratio = correction.bounded(torch.ones(mask_BC.shape, device=mask_BC.device))
     ratio = ratio.index_put((rows, columns), sampler_weights(log_ratios, runs, correction).weights)
     if correction.weighs_rows:
-        ratio = ratio.gather(1, mask_BC.int().argmax(1, keepdim=True))
+        # without a column, as of nothing but empty completions, there is nothing to weigh
+        columns = mask_BC.int().argmax(1, keepdim=True) if mask_BC.shape[1] else mask_BC.long()
+        ratio = ratio.gather(1, columns)
     return ratio, stats
 
 

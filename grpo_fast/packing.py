@@ -21,12 +21,12 @@ from grpo_fast.prefix_tree import MIN_SAVING, PrefixTree, Span
 
 
 def default_max_tokens(device: torch.device) -> int:
-    """The budget of a pack when the user gives none: 16384 tokens on an accelerator, 2048 on a CPU.
+    """The budget of a pack when the user gives none: 16384 tokens on an accelerator, 8192 on a CPU.
 
-    An accelerator needs some thousands of tokens to fill its matrix units. A CPU is full at a few hundred, and its
-    activations compete for the cache.
+    A group has to fit, or its parts repeat the prompt: with eight completions behind a prompt of some thousand tokens
+    that doubles what is run. An accelerator also needs some thousands of tokens to fill its matrix units.
     """
-    return 2048 if device.type == "cpu" else 16384
+    return 8192 if device.type == "cpu" else 16384
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def pack_rows(
         completion_ids: B lists of token ids, possibly empty.
         max_tokens: Most tokens of a pack, None for no bound. A row longer than this makes a pack of its own.
         share_prompts: True lets rows share identical prompts and other long beginnings, "auto" only where that saves at
-            least a tenth of their tokens. A group that exceeds the budget is split, and each part repeats the prompt.
+            least 2 % of their tokens. A group that exceeds the budget is split, and each part repeats the prompt.
         hidden_size: D of the model, which says what attention costs beside linear layers: a token's 6 D keys cost what
             its linear layers cost (12 D^2 weights a layer). None balances tokens alone.
         runs_everything: Run the last token of a completion, and prompts without one, for losses that count tokens.

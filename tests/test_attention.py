@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from grpo_fast import attention, tiled_attention
+from grpo_fast import attention, segment_attention, tiled_attention
 from grpo_fast.attention import (
     AttentionPlan,
     can_pack,
@@ -138,7 +138,11 @@ def test_values_may_be_wider_than_keys() -> None:
     torch.testing.assert_close(out, explicit_attention(*states, layout, 0.5, None, None), rtol=1e-12, atol=1e-12)
 
 
-def test_half_precision_states_are_multiplied_in_fp32_under_autocast_too() -> None:
+@pytest.mark.parametrize("has_parts", [False, True])
+def test_half_precision_states_are_multiplied_in_fp32_under_autocast_too(
+    has_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_attention, "MIN_PAIRS", 0 if has_parts else 10**9)
     layout = make_layout(LAYOUTS["shared"])
     states = [s.bfloat16() for s in draw_states(sum(layout.query_lengths), heads=4, kv_heads=2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -148,6 +152,137 @@ def test_half_precision_states_are_multiplied_in_fp32_under_autocast_too() -> No
     expected = explicit_attention(*(s.double() for s in states), layout, 8**-0.5, None, None)
     torch.testing.assert_close(wide.double(), expected, rtol=0, atol=FP32_ATOL)
     torch.testing.assert_close(out, wide.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts for packs of any size, cut down to two tokens."""
+    monkeypatch.setattr(segment_attention, "MAX_CAUSAL", 2)
+    monkeypatch.setattr(segment_attention, "MIN_PAIRS", 0)
+
+
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("window", [None, 1000])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, FP32_ATOL), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.usefixtures("small_parts")
+def test_parts_equal_explicit_attention_and_its_gradients(
+    lengths: list[tuple[int, int]], window: int | None, heads: tuple[int, int], dtype: torch.dtype, atol: float
+) -> None:
+    layout = make_layout(lengths)
+    exact = [s.requires_grad_() for s in draw_states(sum(layout.query_lengths), heads=heads[0], kv_heads=heads[1])]
+    expected = explicit_attention(*exact, layout, 0.5, window, None)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), exact)
+    states = [state.detach().to(dtype).requires_grad_() for state in exact]
+    assert backend_of(states, layout, window=window) is attention._segment_attention
+    out = run_packed(states, layout, scaling=0.5, sliding_window=window)
+    grads = torch.autograd.grad((out * weights).sum(), states)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=atol)
+
+
+def backend_of(
+    states: list[Tensor], layout: Layout, *, window: int | None = None, softcap: float | None = None
+) -> object:
+    query, _, value = (state[0].transpose(0, 1) for state in states)
+    call = attention._Call(plan=AttentionPlan(layout, torch.device("cpu")), scaling=0.5, window=window, softcap=softcap)
+    return attention._choose_backend(query, value, call)
+
+
+def test_long_segments_go_to_the_kernel_and_what_it_cannot_do_to_tiles() -> None:
+    long, short = make_layout([(150, 150), (90, 240), (90, 240)]), make_layout([(30, 30)] * 11)
+    states = draw_states(330, heads=4, kv_heads=2)
+    assert backend_of(states, long) is attention._segment_attention
+    assert backend_of(states, long, window=240) is attention._segment_attention
+    assert backend_of(states, long, window=239) is attention._tiled_attention
+    assert backend_of(states, long, softcap=1.5) is attention._tiled_attention
+    assert backend_of(states, short) is attention._tiled_attention
+    wide = draw_states(330, heads=4, kv_heads=2, value_width=12)
+    assert backend_of(wide, long) is attention._tiled_attention
+
+
+def seen_by(layout: Layout) -> Tensor:
+    """[T, T]: how often each query sees each token, by the parts."""
+    total = int(layout.cu_queries[-1])
+    seen = torch.zeros(total, total, dtype=torch.int64)
+    for part in segment_attention.make_parts(layout):
+        block = seen[part.queries, part.keys]
+        block += torch.ones_like(block).tril() if part.is_causal else 1
+    return seen
+
+
+# two groups whose completions take turns; a completion behind a prompt in two pieces
+SCATTERED = {
+    "turns": ([(0, 4), (4, 7), (7, 10), (10, 15), (15, 17)], [[], [], [(0, 4)], [(4, 7)], [(0, 4)]]),
+    "pieces": ([(0, 3), (3, 5), (5, 8), (8, 13), (13, 14)], [[], [], [], [(0, 3), (5, 8)], [(0, 3), (5, 8)]]),
+}
+
+
+def scattered_layout(name: str) -> Layout:
+    own, before = SCATTERED[name]
+    keys = [
+        torch.cat([torch.arange(*run) for run in [*runs, tokens]]) for tokens, runs in zip(own, before, strict=True)
+    ]
+    lengths = tuple(end - start for start, end in own)
+    return Layout(
+        cu_queries=torch.tensor([0, *lengths]).cumsum(0).int(),
+        cu_keys=torch.tensor([0, *map(len, keys)]).cumsum(0).int(),
+        key_index=torch.cat(keys),
+        query_lengths=lengths,
+        key_lengths=tuple(map(len, keys)),
+    )
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *SCATTERED])
+@pytest.mark.usefixtures("small_parts")
+def test_parts_hold_each_visible_pair_once(name: str) -> None:
+    layout = scattered_layout(name) if name in SCATTERED else make_layout(LAYOUTS[name])
+    total = int(layout.cu_queries[-1])
+    index = torch.arange(total) if layout.key_index is None else layout.key_index
+    expected = torch.zeros(total, total, dtype=torch.int64)
+    for s, num_queries in enumerate(layout.query_lengths):
+        keys = index[layout.cu_keys[s] : layout.cu_keys[s + 1]]
+        for i in range(num_queries):
+            expected[int(layout.cu_queries[s]) + i, keys[: len(keys) - num_queries + i + 1]] += 1
+    assert torch.equal(seen_by(layout), expected)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_completions_behind_one_prompt_are_one_part() -> None:
+    parts = segment_attention.make_parts(make_layout([(5, 5), (4, 9), (1, 6), (7, 12)]))
+    assert [part for part in parts if part.keys == slice(0, 5)] == [
+        segment_attention.Part(slice(5, 17), slice(0, 5), is_causal=False)
+    ]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_segments_that_do_not_end_in_their_own_queries_are_left_to_tiles() -> None:
+    layout = scattered_layout("turns")
+    layout.key_index[-1] = 3
+    assert segment_attention.make_parts(layout) is None
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_half_precision_gradients_of_parts_are_as_good_as_torch_s_own() -> None:
+    """Rounded once at the end; torch's bf16 attention rounds weights and their gradients, too."""
+    rounded = [s.bfloat16() for s in draw_states(40, heads=4, kv_heads=2)]
+    exact = [s.double().requires_grad_() for s in rounded]
+    weights = torch.randn(1, 40, 4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    reference = explicit_attention(*exact, make_layout([(40, 40)]), 0.5, None, None)
+    expected = torch.autograd.grad((reference * weights).sum(), exact)
+
+    def errors(out: Tensor, states: list[Tensor]) -> list[float]:
+        grads = torch.autograd.grad((out * weights).sum(), states)
+        return [(g.double() - e).norm().item() for g, e in zip(grads, expected, strict=True)]
+
+    states = [s.clone().requires_grad_() for s in rounded]
+    ours = errors(run_packed(states, make_layout([(40, 40)]), scaling=0.5), states)
+    peers = [s.clone().requires_grad_() for s in rounded]
+    out = torch.nn.functional.scaled_dot_product_attention(*peers, is_causal=True, scale=0.5, enable_gqa=True)
+    torchs = errors(out.transpose(1, 2), peers)
+    assert all(mine <= other for mine, other in zip(ours, torchs, strict=True))
 
 
 def test_tiles_hold_a_bounded_part_of_padding() -> None:

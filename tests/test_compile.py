@@ -67,7 +67,7 @@ def test_compiled_run_equals_the_plain_one(tmp_path):
     weights, graphs = trained(tmp_path, **settings, torch_compile=True, torch_compile_backend="aot_eager")
     assert 0 < graphs[1] == graphs[-1], "batches of other shapes are compiled again"
     # two models of two layers: what runs before, between and after attention, for fixed and for varying lengths
-    assert graphs[-1] <= 32
+    assert graphs[-1] <= 36
     assert all(reason.startswith(UNCOMPILED) for reason in counters["graph_break"])
     plain, _ = trained(tmp_path, **settings)
     assert torch.equal(weights, plain)

@@ -23,6 +23,7 @@ OURS = {
     "overlap_rewards",
     "skip_zero_gradient_rows",
     "dynamic_sampling_rounds",
+    "checkpointed_layers",
 }
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from grpo_fast import GRPOConfig, GRPOTrainer
+from grpo_fast.trainer import memory_planning
+from tests.test_memory_planning import needs
 from tests.tiny_lm import make_model, make_tokenizer
 
 
@@ -41,6 +43,13 @@ gathered = [torch.zeros_like(weights) for _ in range(2)]
 dist.all_gather(gathered, weights)
 assert torch.equal(*gathered), "the processes' weights differ"
 assert not torch.equal(weights, before), "nothing was trained"
+
+# a budget that follows from the memory is the smallest of all processes'
+trainer.args.max_tokens_per_pack = None
+free = needs(trainer, 128, 0) if trainer.accelerator.process_index else 2**40
+memory_planning.free_bytes = lambda device: free
+trainer._plan_memory()
+assert trainer._max_tokens_per_pack() == 128
 """
 
 

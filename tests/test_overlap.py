@@ -219,6 +219,32 @@ def test_neighbours_with_one_prompt_are_groups_of_their_own(trainer):
     assert logs["extra"]["answers"] == expected_logs["extra"]["answers"]
 
 
+def test_further_rounds_of_a_rollout_overlap_too(trainer, monkeypatch):
+    def uneven(prompts, completions, **kwargs):
+        CALLS.saw("uneven", completions)
+        # two of the four prompts teach nothing
+        return [0.5 if p[0] == "a" else len(set(text)) / 8 for p, text in zip(prompts, completions, strict=True)]
+
+    for name, value in (("funcs", [uneven]), ("func_names", ["uneven"]), ("processing_classes", [None])):
+        monkeypatch.setattr(trainer, f"reward_{name}", value)
+    monkeypatch.setattr(trainer, "reward_weights", torch.ones(1))
+    monkeypatch.setattr(trainer.args, "dynamic_sampling_rounds", 3)
+    results, calls = [], []
+    for overlap in (True, False):
+        monkeypatch.setattr(trainer, "_further_prompts", None)
+        results.append(rollout(trainer, batch_of(rows()), overlap=overlap))
+        calls.append([count for _, count in CALLS.rows])
+        assert (threading.main_thread() in CALLS.threads) is not overlap
+    (batch, metrics, logs), (expected_batch, expected_metrics, expected_logs) = results
+    assert calls[0] == [G] * int(metrics["dynamic_sampling/groups_seen"][0])
+    assert calls[1][0] == 4 * G
+    assert sum(calls[0]) == sum(calls[1])
+    assert metrics["dynamic_sampling/groups_replaced"][0] > 0
+    assert all(same(batch[name], value) for name, value in expected_batch.items())
+    assert same(metrics, expected_metrics)
+    assert same(logs["completion"], expected_logs["completion"])
+
+
 def test_training_and_evaluation_overlap_on_one_engine(trainer, monkeypatch, capsys):
     inner = trainer.engine.llm.llm_engine
     # given by vllm_engine_kwargs; without them it would be a batch, 16

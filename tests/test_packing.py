@@ -176,12 +176,12 @@ def test_a_group_over_the_budget_is_split_and_each_part_repeats_the_prompt() -> 
     assert all(pack.input_ids[0, :10].tolist() == prompt for pack in packs)
 
 
-def test_auto_shares_where_at_least_a_tenth_of_the_tokens_is_saved() -> None:
+def test_auto_shares_where_at_least_two_percent_of_the_tokens_are_saved() -> None:
     def shares(prompt_length: int) -> bool:
-        (pack,) = pack_rows([[1] * prompt_length] * 2, [[2] * 41, [3] * 41], max_tokens=None)
+        (pack,) = pack_rows([[1] * prompt_length] * 2, [[2] * 241, [3] * 241], max_tokens=None)
         return pack.layout.key_index is not None
 
-    # two rows of P + 40 tokens share P: P >= 0.1 * (2 P + 80) from P = 10 on
+    # two rows of P + 240 tokens share P: P >= 0.02 * (2 P + 480) from P = 10 on
     assert shares(10)
     assert not shares(9)
 
@@ -215,5 +215,5 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
 
 
 def test_the_default_budget_is_larger_on_an_accelerator() -> None:
-    assert default_max_tokens(torch.device("cpu")) == 2048
+    assert default_max_tokens(torch.device("cpu")) == 8192
     assert default_max_tokens(torch.device("cuda")) == 16384

@@ -27,7 +27,8 @@ from transformers import (
 from grpo_fast.attention import packed_attention
 from grpo_fast.packing import pack_rows
 from grpo_fast.padding import pad_rows
-from grpo_fast.policy import check_scoring, install_scoring, score
+from grpo_fast.policy import install_scoring, score
+from grpo_fast.self_check import check_scoring
 from tests.tiny_models import FAMILIES, SIZES, VOCABULARY, build, llama, qwen3
 
 # norm of the difference over norm of the truth, for fp32 models against the same weights in float64
@@ -65,7 +66,11 @@ Scores = tuple[dict[int, Tensor], dict[int, Tensor], dict[str, Tensor]]
 
 def oracle(model: nn.Module) -> Scores:
     """Log-probs and entropies by row, and the objective's gradients, of the float64 model row by row."""
-    model = copy.deepcopy(model).double()
+    return row_by_row(copy.deepcopy(model).double())
+
+
+def row_by_row(model: nn.Module) -> Scores:
+    """The same of the model in its own type."""
     model.zero_grad()
     logps, entropies = {}, {}
     for row, (prompt, completion) in enumerate(zip(*draw_rows(), strict=True)):

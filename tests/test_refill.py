@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from grpo_fast import multimodal
 from grpo_fast.advantages import group_advantages, nanstd, weighted_rewards
+from grpo_fast.data import RepeatSampler
 from grpo_fast.metrics import RowMean, mean_without_nan
 from grpo_fast.refill import (
     Entries,
@@ -266,6 +267,9 @@ def test_further_prompts_go_round_the_data(kind, shuffle):
     if shuffle:
         assert turns[0] != turns[1] != turns[2]
         assert turns[0] != numbers(PromptPass(source_of(kind), seed=4, shuffle=True).take(7, slice(None), 1))
+        # nor as the training pass has them
+        training = RepeatSampler(range(7), mini_repeat_count=1, seed=3)
+        assert turns[0] != (list(training) if kind == "set" else numbers(source_of(kind).shuffle(seed=3)))
     # across the ends of turns, as two processes take them
     pair = [PromptPass(source_of(kind), seed=3, shuffle=shuffle) for _ in range(2)]
     taken = []

@@ -66,6 +66,9 @@ def build(tmp_path, *, reward=by_first_token, base=GRPOTrainer, num_prompts=2, *
         "gradient_accumulation_steps": 4,
         "num_generations": G,
         "max_completion_length": 9,
+        # what memory allows is not asked here
+        "max_tokens_per_pack": 4096,
+        "gradient_checkpointing": False,
         "max_steps": 1,
         "logging_steps": 1,
         "learning_rate": 0.05,

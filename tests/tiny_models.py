@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY = 97
@@ -73,6 +75,13 @@ def gemma2(*, tied: bool = False) -> PreTrainedModel:
     # torch's own attention would leave out the cap on scores
     config._attn_implementation = "eager"
     return build(Gemma2ForCausalLM, config)
+
+
+def qwen3_moe(*, tied: bool = False) -> PreTrainedModel:
+    config = Qwen3MoeConfig(
+        **SIZES, tie_word_embeddings=tied, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    )
+    return build(Qwen3MoeForCausalLM, config)
 
 
 def falcon() -> PreTrainedModel:

@@ -84,6 +84,8 @@ def prepare(trainer: Any, case: Case) -> None:
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = case.importance_mode is not None
     trainer.vllm_importance_sampling_mode = case.importance_mode or "sequence_mask"
     trainer.args.steps_per_generation = case.steps_per_generation
+    # metrics of all rows, as TRL's
+    trainer.args.skip_zero_gradient_rows = False
     trainer.current_gradient_accumulation_steps = case.accumulation
     trainer.model.train(case.is_training)
     trainer.model.zero_grad(set_to_none=True)
@@ -165,4 +167,6 @@ def loss_and_gradients(trainer: Any, case: Case, inputs: dict[str, Any]) -> tupl
     parameters = list(trainer.model.parameters())
     gradients = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     metrics = trainer._metrics["train" if case.is_training else "eval"]
-    return loss.detach(), gradients, {name: values[0] for name, values in metrics.items()}
+    # beside what ours alone counts
+    values = {name: values[0] for name, values in metrics.items() if not name.startswith(("tokens/", "rows/"))}
+    return loss.detach(), gradients, values

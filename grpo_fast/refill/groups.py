@@ -1,12 +1,11 @@
 """Which groups have no signal: the policy loss cannot tell their completions apart.
 
-Two things show it:
+The advantages say it: a group is silent if none of its tokens in the loss has one other than 0 (`silent_groups`),
+whoever computed them, and also if rewards differ but every completion with an advantage is masked.
 
-- The advantages: no token in the loss has one other than 0 (`silent_groups`). That holds whoever computed them, and
-  also where rewards differ but every completion with an advantage is masked.
-- The rewards (`equal_rewards`), where the advantages are what they give. Zeros alone would miss groups of equal
-  rewards: the fp32 mean of six times 0.1 is not 0.1, and `normalize_then_sum` subtracts the rounded mean of a batch.
-  Such advantages are noise of that size, blown up by the division by a std of 0 plus 1e-4.
+For that, groups of equal rewards (`equal_rewards`) need exact zeros, which fp32 does not give: the mean of eight times
+0.1 is not 0.1, and `normalize_then_sum` subtracts the rounded mean of a batch. What is left over is noise, blown up by
+the division by a std of 0 plus 1e-4.
 
 Letters: B rows, G completions a prompt (consecutive rows), C padded completion length, N rows of all processes,
 K reward functions.

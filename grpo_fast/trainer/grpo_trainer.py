@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from grpo_fast import adapters, data, loading, reference
+from grpo_fast import activations, adapters, data, loading, reference
 from grpo_fast.attention import adds_virtual_tokens
 from grpo_fast.compatibility import refuse_patched_library
 from grpo_fast.completions import CompletionLog
@@ -25,10 +25,12 @@ from grpo_fast.generation import context_length, require_vllm
 from grpo_fast.interrupt import SaveOnInterrupt
 from grpo_fast.memory import make_meter
 from grpo_fast.metrics import PhaseTimer, Stats, StepTimer
-from grpo_fast.policy import aux_loss_coef, check_scoring, install_scoring
+from grpo_fast.policy import aux_loss_coef, install_scoring
 from grpo_fast.rewards import RewardFunc, check_rewards, is_async, make_rewards
+from grpo_fast.self_check import check_scoring
 from grpo_fast.tools import Toolbox, make_toolbox, warn_experimental
 from grpo_fast.trainer.dataloaders import DataTrainer, settle_stream_loading
+from grpo_fast.trainer.memory_planning import MemoryPlanning
 from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from TRL's module of this name
 from grpo_fast.trainer.optimizers import OptimizerTrainer
 from grpo_fast.trainer.refilling import RefillTrainer
@@ -140,7 +142,12 @@ class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self._interrupt, StepTimer(self.timer, self._metrics["train"])],
+            callbacks=[
+                *(callbacks or []),
+                self._interrupt,
+                StepTimer(self.timer, self._metrics["train"]),
+                MemoryPlanning(self),
+            ],
             optimizers=optimizers,
         )
         loading.refuse_data_parallel(args)
@@ -213,6 +220,7 @@ class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer
         self.eos_token_ids = loading.eos_token_ids(model, self._tokenizer)
         self.router_aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self.router_aux_loss_coef != 0
+        activations.check_count(model, args.checkpointed_layers)
         model = adapters.prepare_adapters(model, peft_config, args)
         if args.disable_dropout:
             loading.disable_dropout(model)

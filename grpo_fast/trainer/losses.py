@@ -243,6 +243,8 @@ class LossTrainer(WindowTrainer):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         width = inputs["completion_ids"].shape[1]
+        host = self._host(inputs)
+        self._copied = (ids, attention_mask, host.input_ids, host.attention_mask)
         logps, entropies, *rest = self._get_per_token_logps_and_entropies(
             model,
             ids,
@@ -253,8 +255,11 @@ class LossTrainer(WindowTrainer):
             **multimodal.fields_of(inputs),
         )
         assert entropies is not None
+        has_no_graph = torch.is_grad_enabled() and not logps.requires_grad
+        # its forward pass meets the other processes', which they have made before they gather entropies
+        no_loss = self._zero_loss(model) if has_no_graph else 0.0
         mask = loss_mask(inputs)
-        is_scored = self._host(inputs).loss_mask
+        is_scored = host.loss_mask
         rows, columns = (moved(index, mask.device) for index in is_scored.nonzero(as_tuple=True))
         lengths = tuple(length for length in is_scored.sum(dim=1).tolist() if length)
         logps_N, entropies_N = logps[rows, columns], entropies[rows, columns]
@@ -267,9 +272,7 @@ class LossTrainer(WindowTrainer):
         parts = RowsLoss(rows, columns, lengths, inputs, weights_B=weights, objective=objective, bonus=bonus)
         terms = parts.differentiable(logps_N.float(), entropies_N.float())
         stats = base_stats(objective, inputs, mask) + parts.stats(logps_N.float(), entropies_N.float(), terms)
-        loss = self._with_aux_loss(terms.loss.sum(), rest[0] if rest else None, stats)
-        if torch.is_grad_enabled() and not logps.requires_grad:
-            loss = loss + self._zero_loss(model)
+        loss = self._with_aux_loss(terms.loss.sum() + no_loss, rest[0] if rest else None, stats)
         self._record([stats], objective)
         return loss
 
@@ -292,6 +295,8 @@ class LossTrainer(WindowTrainer):
     @torch.no_grad()
     def _entropy_threshold(self, entropies_N: Tensor, share: float) -> Tensor:
         """The entropy that a `share` of the micro-batch's tokens over all processes reaches. 0-dim fp32."""
+        if self.accelerator.num_processes == 1:
+            return entropy_quantile(entropies_N.detach().float(), share)
         padded = self.accelerator.pad_across_processes(entropies_N.detach().float(), dim=0, pad_index=NO_ENTROPY)
         gathered = self.accelerator.gather(padded)
         return entropy_quantile(gathered[gathered > NO_ENTROPY], share)
@@ -371,7 +376,8 @@ class LossTrainer(WindowTrainer):
         pending = self._pending_stats.copy()
         self._pending_stats.clear()
         gathered = self.accelerator.gather(torch.stack([stats.vector() for stats in pending])[None]).cpu()
-        for name, value in (*self._metrics_of(gathered), *work_metrics(gathered).items()):
+        work = work_metrics(gathered) if self._mode == "train" else {}
+        for name, value in (*self._metrics_of(gathered), *work.items()):
             self._metrics[self._mode][name].append(value)
         self._log_sampler(pending, gathered)
 

@@ -21,6 +21,7 @@ import torch
 from datasets import IterableDataset
 from torch import Tensor
 
+from grpo_fast.advantages import Advantages
 from grpo_fast.data import Prompt
 from grpo_fast.metrics import RowMean
 from grpo_fast.refill import (
@@ -107,21 +108,23 @@ class RefillTrainer(RolloutTrainer):
             scored, self._scored = self._scored, None
         B, G = len(inputs), self.num_generations
         check_rows(batch, B, G)
-        is_silent = silent_groups(batch, G).cpu()
         seen = torch.full((B * self.accelerator.num_processes, len(self.reward_funcs)), torch.nan)
         is_own = torch.zeros(B, dtype=torch.bool)
+        counts: dict[str, int] = {}
         # a subclass may generate otherwise, or in parts: then it alone knows whose rewards are whose
         if len(scored) == 1 and len(scored[0].advantages) == B:
             seen, advantages = scored[0].rewards, batch["advantages"].cpu()
+            counts = self._num_scored(seen)
             if advantages.shape == scored[0].advantages.shape:
                 is_own = advantages == scored[0].advantages
-        rewards = self._own_rows(seen)
-        is_equal = equal_rewards(
-            rewards, self.reward_weights.cpu(), num_generations=G, aggregation=self.multi_objective_aggregation
+        entries.end_round(len(seen), counts)
+        return Rollout(
+            batch=batch,
+            rewards=self._own_rows(seen),
+            is_own=is_own,
+            is_silent=silent_groups(batch, G).cpu(),
+            seen=(seen,),
         )
-        is_silent |= is_equal & is_own.view(-1, G).all(1)
-        entries.end_round(len(seen), self._num_scored(seen) if len(scored) == 1 else {})
-        return Rollout(batch=batch, rewards=rewards, is_own=is_own, is_silent=is_silent, seen=(seen,))
 
     def _advantages(self, rewards: Tensor, prompts: list[Prompt], completions: list[Any]) -> Tensor:
         advantages = super()._advantages(rewards, prompts, completions)
@@ -129,6 +132,20 @@ class RefillTrainer(RolloutTrainer):
             # a subclass may change them in place
             self._scored.append(Scored(rewards=rewards.cpu(), advantages=advantages.clone().cpu()))
         return advantages
+
+    def _group_advantages(self, rewards: Tensor) -> Advantages:
+        """With exact zeros, where refilling is on, for groups whose rewards are equal: a subclass may scale them."""
+        result = super()._group_advantages(rewards)
+        if self._mode == "eval" or not self.args.dynamic_sampling_rounds:
+            return result
+        is_equal = equal_rewards(
+            rewards,
+            self.reward_weights.cpu(),
+            num_generations=self.num_generations,
+            aggregation=self.multi_objective_aggregation,
+        )
+        is_noise = is_equal.repeat_interleave(self.num_generations)
+        return replace(result, advantages=result.advantages.masked_fill(is_noise, 0.0))
 
     def _num_scored(self, rewards: Tensor) -> dict[str, int]:
         """How many rows are behind the metrics of rewards, which leave out rows that a function did not score."""
@@ -230,19 +247,14 @@ class RefillTrainer(RolloutTrainer):
         batch = dict(rollout.batch)
         if "num_items_in_batch" in batch:
             batch["num_items_in_batch"] = batch["num_items_in_batch"] + num_tokens
-        advantages = batch["advantages"]
         if self.scale_rewards == "batch" or self.multi_objective_aggregation == "normalize_then_sum":
             if num_replaced:
                 rewards = self.accelerator.gather(rollout.rewards.to(self.accelerator.device)).cpu()
-                advantages = _where(
-                    rollout.is_own, self._own_rows(self._group_advantages(rewards).advantages), advantages
-                )
+                own = self._own_rows(self._group_advantages(rewards).advantages)
+                batch["advantages"] = _where(rollout.is_own, own, batch["advantages"])
             if metrics.get("frac_reward_zero_std"):
                 is_std_zero = self._group_advantages(torch.cat(rollout.seen)).is_std_zero
                 metrics["frac_reward_zero_std"][-1] = RowMean(is_std_zero.float().mean().item(), num_seen)
-        # noise otherwise, and a row without an advantage is spared the training pass
-        is_noise = rollout.is_own & rollout.is_silent.repeat_interleave(self.num_generations)
-        batch["advantages"] = _where(is_noise, torch.zeros(len(is_noise)), advantages)
         return batch
 
     def _own_rows(self, values: Tensor) -> Tensor:

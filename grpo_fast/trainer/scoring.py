@@ -14,27 +14,27 @@ from grpo_fast import multimodal
 from grpo_fast.attention import causal_lm, packed_attention
 from grpo_fast.batch import Pack, PaddedRows, moved
 from grpo_fast.host_rows import Rows
-from grpo_fast.packing import default_max_tokens, pack_rows
+from grpo_fast.packing import pack_rows
 from grpo_fast.padding import pad_rows
 from grpo_fast.policy import score
 from grpo_fast.rollout import unpadded_rows
-from grpo_fast.trainer.base import BaseTrainer
+from grpo_fast.trainer.memory_planning import MemoryTrainer
 
 logger = logging.get_logger(__name__)
 
 SHARE_PROMPTS: dict[str, Any] = {"auto": "auto", "always": True, "never": False}
 
 
-class ScoringTrainer(BaseTrainer):
+class ScoringTrainer(MemoryTrainer):
     """The part of `GRPOTrainer` that turns rows into what the policy runs on."""
 
     temperature: float
     aux_loss_enabled: bool
-    unpackable: str | None
-    pads_rows: bool
 
     # whether `_scoring_attention` is in force
     _is_scoring = False
+    # what the next rows to be scored are on the device, ids and mask, and on the host
+    _copied: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @contextmanager
     def _scoring_attention(self, model: nn.Module) -> Iterator[None]:
@@ -65,7 +65,7 @@ class ScoringTrainer(BaseTrainer):
         device = self.accelerator.device
         counts_tokens = self.aux_loss_enabled
         common: dict[str, Any] = {
-            "max_tokens": None if counts_tokens else self.args.max_tokens_per_pack or default_max_tokens(device),
+            "max_tokens": None if counts_tokens else self._max_tokens_per_pack(),
             "runs_everything": counts_tokens,
             "keep": keep,
         }
@@ -185,6 +185,7 @@ class ScoringTrainer(BaseTrainer):
         """The scores of all batches, put into `logps` [B, C] of zeros and others like it."""
         entropies = torch.zeros_like(logps) if compute_entropy else None
         aux_losses = []
+        self._plan_checkpointing(batches, together=True)
         for i, scored in enumerate(batches):
             # what processes exchange in a forward pass they exchange once, however many passes each makes
             is_last = i == len(batches) - 1 and torch.is_grad_enabled()
@@ -202,6 +203,13 @@ class ScoringTrainer(BaseTrainer):
             aux_losses += [] if aux_loss is None else [aux_loss]
         return logps, entropies, torch.stack(aux_losses).mean() if compute_aux_loss else None
 
+    def _on_host(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies on the host: those that are known, or made here, which waits for the device."""
+        copied, self._copied = self._copied, None
+        if copied is not None and copied[0] is input_ids and copied[1] is attention_mask:
+            return copied[2], copied[3]
+        return input_ids.cpu(), attention_mask.cpu()
+
     def _scored_batches(
         self,
         input_ids: Tensor,
@@ -213,7 +221,7 @@ class ScoringTrainer(BaseTrainer):
         pads: bool,
     ) -> Iterator[Pack | PaddedRows]:
         B, width = input_ids.shape
-        ids, mask = input_ids.cpu(), attention_mask.cpu()
+        ids, mask = self._on_host(input_ids, attention_mask)
         prompt, completion = slice(None, width - logits_to_keep), slice(width - logits_to_keep, None)
         is_scored = mask[:, completion].bool()
         if not pads and not has_holes(mask):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo_fast.activations import decoder_layers
 from grpo_fast.attention import causal_lm
 from grpo_fast.heap import keep_peak
 from grpo_fast.mixed_linear import install_mixed_linear
@@ -15,10 +16,7 @@ class StepMemoryTrainer(BaseTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.torch_compile:
             # they put weights and layers into places of their own
             return
-        lm = causal_lm(self.model)
         if self.accelerator.mixed_precision in ("bf16", "fp16"):
             install_mixed_linear(self.model)
         if self.args.device.type == "cpu":
-            kinds = lm._no_split_modules or ()
-            layers = [module for module in lm.modules() if type(module).__name__ in kinds]
-            keep_peak(self.model, layers, lm.get_output_embeddings())
+            keep_peak(self.model, decoder_layers(self.model), causal_lm(self.model).get_output_embeddings())

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 from grpo_fast import multimodal
 from grpo_fast.batch import Pack, PaddedRows, moved
-from grpo_fast.generation.vllm_weights import is_sharded
 from grpo_fast.host_rows import HostRows, joined_rows
 from grpo_fast.loss import Bonus, Objective, row_weights
 from grpo_fast.trainer.base import replaced_methods
@@ -192,6 +191,7 @@ class WindowTrainer(ScoringTrainer):
             for member, host, silent in zip(members, hosts, is_silent, strict=True):
                 host.skip(member, silent)
         batches = self._batches(members, hosts, torch.cat(is_silent))
+        self._plan_checkpointing(batches)
         weights = [self._row_weights(member, mask, objective) for member, mask in zip(members, masks, strict=True)]
         return Window(
             members=members,
@@ -262,11 +262,6 @@ class WindowTrainer(ScoringTrainer):
             passes = [Filler]
         ends = [len(passes) * (i + 1) // num_members for i in range(num_members)]
         return [passes[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-    @property
-    def _shares_weights(self) -> bool:
-        """Whether a forward pass needs all processes."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.model)
 
     # -- what it weighs ------------------------------------------------------------------------------------------------
 

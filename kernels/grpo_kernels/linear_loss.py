@@ -156,7 +156,7 @@ def _multiply_(gradient: Tensor, dloss: Tensor) -> None:
         from grpo_kernels.row_kernels import scale_unless_one_
 
         scale_unless_one_(gradient, dloss)
-    elif gradient.is_cuda or dloss != 1:
+    elif gradient.device.type != "cpu" or dloss != 1:
         gradient.mul_(dloss)
 
 

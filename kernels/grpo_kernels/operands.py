@@ -127,8 +127,9 @@ class KeptCoefficients:
     def __init__(self, kept: Kept, block: Block, slopes: Slopes, *, dtype: torch.dtype) -> None:
         self.kept, self.slopes, self.dtype = kept, slopes, dtype
         drift = kept.offsets[:, : block.size] - block.sums.offset
-        # offsets move only where a rival is e**30 times likelier than the target
-        self.drift = drift if bool((drift != 0).any()) else None
+        # offsets move only where a rival is e**30 times likelier than the target; to look waits for a device
+        is_moved = drift.device.type != "cpu" or bool((drift != 0).any())
+        self.drift = drift if is_moved else None
 
     def tile(self, rows: slice, columns: slice, tile: int) -> Tensor:
         """[rows, columns] coefficients in the narrow dtype, 0 at the targets."""

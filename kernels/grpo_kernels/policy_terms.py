@@ -178,7 +178,11 @@ class _Sequences:
     """Sums over the tokens of each sequence, handed back to each of its tokens; in a fixed order on every device."""
 
     def __init__(self, ids_N: Tensor) -> None:
-        _, self.member_N, self.lengths_S = torch.unique_consecutive(ids_N, return_inverse=True, return_counts=True)
+        # as many sequences as tokens, the last ones empty: to count them would wait for the device
+        changes = torch.zeros_like(ids_N)
+        changes[1:] = ids_N[1:] != ids_N[:-1]
+        self.member_N = changes.cumsum(0)
+        self.lengths_S = torch.zeros_like(ids_N).index_add(0, self.member_N, torch.ones_like(ids_N))
 
     def sum(self, values_N: Tensor) -> Tensor:
         return _SequenceSum.apply(values_N, self.lengths_S, self.member_N)
@@ -212,7 +216,9 @@ def _ratio(log_ratio: Tensor, sequences: _Sequences | None, options: PolicyOptio
 def _soft_gate(ratio: Tensor, advantages: Tensor, options: PolicyOptions) -> Tensor:
     """SAPO: a sigmoid around ratio 1 instead of a clip, with slope 1 there."""
     temperature = torch.where(
-        advantages > 0, ratio.new_tensor(options.sapo_temperature_pos), ratio.new_tensor(options.sapo_temperature_neg)
+        advantages > 0,
+        _number(options.sapo_temperature_pos, ratio),
+        _number(options.sapo_temperature_neg, ratio),
     )
     return torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
 
@@ -224,11 +230,18 @@ def _vespo_weight(log_ratio: Tensor, tokens: Tokens, sequences: _Sequences | Non
     if tokens.sampling_weights is not None:
         log_weight = log_weight + sequences.sum(tokens.sampling_weights.log().clamp(MIN_LOG_WEIGHT, MAX_LOG_WEIGHT))
     log_weight = log_weight.clamp(MIN_LOG_WEIGHT, MAX_LOG_WEIGHT)
-    is_pos, number = tokens.advantages >= 0, log_ratio.new_tensor
-    k = torch.where(is_pos, number(options.vespo_k_pos), number(options.vespo_k_neg))
-    rate = torch.where(is_pos, number(options.vespo_lambda_pos), number(options.vespo_lambda_neg))
+    is_pos = tokens.advantages >= 0
+    k = torch.where(is_pos, _number(options.vespo_k_pos, log_ratio), _number(options.vespo_k_neg, log_ratio))
+    rate = torch.where(
+        is_pos, _number(options.vespo_lambda_pos, log_ratio), _number(options.vespo_lambda_neg, log_ratio)
+    )
     log_phi = rate + k * log_weight - rate * log_weight.exp()
     return log_phi.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    """A 0-dim tensor; filled on the device, where a copy from the host would wait."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _is_on_policy(logps: Tensor, tokens: Tokens, sequences: _Sequences | None, threshold: float) -> Tensor:
