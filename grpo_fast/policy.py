@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from grpo_fast.attention import AttentionPlan, causal_lm, is_packed, running_packs
 from grpo_fast.batch import Pack, PaddedRows
-from grpo_fast.tied_embedding import head_weight, install_lookup, one_gradient
+from grpo_fast.tied_embedding import head_weight, one_gradient
 from grpo_kernels import linear_logps, linear_loss
 from grpo_kernels.linear_loss import RowsLoss
 
@@ -78,7 +79,6 @@ def install_scoring(model: nn.Module) -> None:
     for linear in _head_linears(lm):
         # torch.compile leaves the head alone: its tiles and their gradients are no graph
         _install(linear, lambda original: torch.compiler.disable(_scoring_head(original)))
-    install_lookup(lm.get_input_embeddings())  # type: ignore[operator]
     _install(lm, _scoring_lm)
 
 
@@ -211,7 +211,7 @@ def _scoring_lm(original: Forward) -> Forward:
         given = {name: value for name, value in kwargs.items() if value is not None}
         if score.aux_weights is not None:
             given["output_router_logits"] = True
-        with one_gradient():
+        with nullcontext() if torch.compiler.is_compiling() else one_gradient():
             outputs = backbone(self)(*args, **given)
             hidden = outputs[0][:, -score.width :].flatten(0, 1)
             softcap, logit_scale = _logit_transform(self.config.get_text_config())
