@@ -90,7 +90,11 @@ def main() -> None:
     print("Tokens of one optimizer step (64 completions) through the transformer, at true lengths:\n")
     print(tokens_table(counted))
     if timed:
-        print(f"\nTraining phase of one step, {args.layers} of 30 layers and that part of the vocabulary:\n")
+        print(
+            f"\nTraining phase of one step, {args.layers} of SmolLM2-135M's 30 layers and that part of its vocabulary,"
+        )
+        print("random weights, no group without a signal. TRL's micro-batches have one shape: those that were not run")
+        print("cost what the later of those that were cost.\n")
         print(seconds_table(timed))
     if not same_rows(counted) or not same_rows(timed):
         print("\nThe trainers did not get the same rows: the columns are not comparable.")

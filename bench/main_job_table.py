@@ -89,9 +89,9 @@ def ratio_clock(run: Run) -> str:
 
 # what is divided by the peer's, and the most that the quotient may be
 TARGETS: dict[str, tuple[Callable[[Run], float], float]] = {
-    "train phase": (lambda run: median(run.seconds("train", clock=ratio_clock(run))), 0.5),
-    "whole step": (lambda run: median(run.seconds("step", clock=ratio_clock(run))), 0.45),
-    "peak memory": (lambda run: run.peak_mib, 0.6),
+    "train phase": (lambda run: median(run.seconds("train", clock=ratio_clock(run))), 0.3),
+    "whole step": (lambda run: median(run.seconds("step", clock=ratio_clock(run))), 0.3),
+    "peak memory": (lambda run: run.peak_mib, 0.5),
 }
 
 

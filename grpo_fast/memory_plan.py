@@ -11,7 +11,7 @@ workspace is what does not fit: its own activations would be back as soon as the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -73,6 +73,14 @@ class ActivationCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackBudget:
+    """How large packs are: the most tokens of one group or row, and of a pack of several groups."""
+
+    max_tokens: int
+    fill_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """What was chosen.
 
@@ -116,7 +124,7 @@ def peak_bytes(cost: ActivationCost, tokens: int, checkpointed: int) -> int:
 
 
 def plan_for(
-    cost: ActivationCost, tokens: int, usable_bytes: float, choices: Iterable[int] | None = None
+    cost: ActivationCost, tokens: int, usable_bytes: float, choices: Sequence[int] | None = None
 ) -> MemoryPlan:
     """How many layers recompute: as few as let a pack fit, or what needs least where nothing fits.
 
@@ -142,7 +150,7 @@ def plan(
     *,
     cap: int,
     overhead_tokens: float,
-    choices: Iterable[int] | None = None,
+    choices: Sequence[int] | None = None,
 ) -> MemoryPlan:
     """The budget of a pack, a power of two or `cap`, and the layers that recompute, which together cost least time.
 
@@ -160,12 +168,42 @@ def plan(
     Returns:
         The plan. Where not even the smallest budget fits, that one, with the layers that need least.
     """
-    choices = None if choices is None else list(choices)
-    budgets = [tokens for i in range(64) if MIN_BUDGET <= (tokens := 2**i) < cap] + [cap]
-    plans = [plan_for(cost, tokens, usable_bytes, choices) for tokens in budgets]
+    plans = [plan_for(cost, tokens, usable_bytes, choices) for tokens in _budgets(cap)]
 
     def time(plan: MemoryPlan) -> float:
         share = plan.checkpointed_layers / max(1, len(cost.layers))
         return overhead_tokens / plan.max_tokens + FORWARD_SHARE * share
 
     return min((plan for plan in plans if plan.fits), key=time, default=plans[0])
+
+
+def plan_budget(
+    cost: ActivationCost,
+    usable_bytes: float,
+    *,
+    cap: int,
+    fill_cap: int,
+    overhead_tokens: float,
+    choices: Sequence[int] | None = None,
+) -> PackBudget:
+    """Packs are filled up to what costs least time, and hold a group as large as fits with whatever recomputation.
+
+    A group that is split runs its prompt again in each part, which costs more than recomputation unless the prompt is
+    short; and layers recompute in the packs that need it only.
+
+    Args:
+        cost: Of the model.
+        usable_bytes: What a pack may take.
+        cap: Largest pack of one group.
+        fill_cap: Largest pack of several groups.
+        overhead_tokens: As in `plan`.
+        choices: As in `plan`.
+    """
+    fill = plan(cost, usable_bytes, cap=min(cap, fill_cap), overhead_tokens=overhead_tokens, choices=choices)
+    largest = max((n for n in _budgets(cap) if plan_for(cost, n, usable_bytes, choices).fits), default=0)
+    return PackBudget(max_tokens=max(largest, fill.max_tokens), fill_tokens=fill.max_tokens)
+
+
+def _budgets(cap: int) -> list[int]:
+    """Powers of two below `cap`, and it: a little more or less memory seldom makes another budget."""
+    return [tokens for i in range(64) if MIN_BUDGET <= (tokens := 2**i) < cap] + [cap]

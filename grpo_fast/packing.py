@@ -29,6 +29,10 @@ def default_max_tokens(device: torch.device) -> int:
     return 8192 if device.type == "cpu" else 16384
 
 
+# smaller packs that repeat beginnings which larger ones run once may run this part more tokens
+MAX_REPEATED = 0.03
+
+
 @dataclass(frozen=True)
 class _Unit:
     """Rows that go into one pack together: rows that share their prompt's tokens, or one row alone.
@@ -60,6 +64,7 @@ def pack_rows(
     *,
     max_tokens: int | None,
     share_prompts: bool | Literal["auto"] = "auto",
+    fill_tokens: int | None = None,
     hidden_size: int | None = None,
     runs_everything: bool = False,
     keep: Sequence[bool] | None = None,
@@ -77,6 +82,8 @@ def pack_rows(
         max_tokens: Most tokens of a pack, None for no bound. A row longer than this makes a pack of its own.
         share_prompts: True lets rows share identical prompts and other long beginnings, "auto" only where that saves at
             least 2 % of their tokens. A group that exceeds the budget is split, and each part repeats the prompt.
+        fill_tokens: Most tokens of a pack of several groups, where smaller packs cost less memory and no more time and
+            run at most 3 % more tokens; None for `max_tokens`. A larger group or row makes a pack of its own.
         hidden_size: D of the model, which says what attention costs beside linear layers: a token's 6 D keys cost what
             its linear layers cost (12 D^2 weights a layer). None balances tokens alone.
         runs_everything: Run the last token of a completion, and prompts without one, for losses that count tokens.
@@ -86,16 +93,30 @@ def pack_rows(
         The packs, on the host, by their first row. Every token of a kept completion is scored in exactly one.
 
     Raises:
-        ValueError: If lengths differ, `max_tokens` is not positive, or a scored row has an empty prompt.
+        ValueError: If lengths differ, `max_tokens` or `fill_tokens` is not positive, or a scored row has an empty
+            prompt.
     """
     bodies = rows_to_run(prompt_ids, completion_ids, max_tokens=max_tokens, runs_everything=runs_everything, keep=keep)
     if share_prompts not in (True, False, "auto"):
         raise ValueError(f"share_prompts must be True, False or 'auto', got {share_prompts!r}")
+    if fill_tokens is not None and fill_tokens < 1:
+        raise ValueError(f"fill_tokens must be at least 1 or None, got {fill_tokens}")
     units = _units(prompt_ids, bodies, max_tokens, share_prompts)
     width = 0 if hidden_size is None else 6 * hidden_size
-    bins = _fill(units, max_tokens, cost=lambda unit: unit.tokens * width + unit.pairs if width else unit.tokens)
-    packs = [sorted(row for unit in members for row in unit.rows) for members in bins]
-    return [_build(rows, prompt_ids, completion_ids, bodies, share_prompts) for rows in sorted(packs)]
+
+    def packs_of(capacity: int | None) -> list[Pack]:
+        bins = _fill(units, capacity, cost=lambda unit: unit.tokens * width + unit.pairs if width else unit.tokens)
+        packs = [sorted(row for unit in members for row in unit.rows) for members in bins]
+        return [_build(rows, prompt_ids, completion_ids, bodies, share_prompts) for rows in sorted(packs)]
+
+    if fill_tokens is None or (max_tokens is not None and fill_tokens >= max_tokens):
+        return packs_of(max_tokens)
+    small = packs_of(fill_tokens)
+    if share_prompts is False or len(small) == 1:
+        return small
+    large = packs_of(max_tokens)
+    repeats = sum(pack.num_tokens for pack in small) > (1 + MAX_REPEATED) * sum(pack.num_tokens for pack in large)
+    return large if repeats else small
 
 
 def rows_to_run(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from grpo_fast import GRPOConfig, GRPOTrainer
 from tests import tiny_models
 from tests.composition_cases import MAX_COMPLETION, Case
-from tests.padded_oracle import ExactPolicy
+from tests.padded_oracle import PaddedPolicy
 from tests.tiny_lm import make_tokenizer
 
 Weights = dict[str, Tensor]
@@ -161,7 +161,7 @@ class Recorder(TrainerCallback):
                     parameter.mul_(0.2 if "lora_B" in name and self.case.tuning == "new adapter" else 1.0)
                     parameter.add_(0.03 * torch.randn(parameter.shape, generator=g))
         if self.case.reports_logps:
-            policy = ExactPolicy(make_oracle_model(self.case), weights_of(trainer))
+            policy = PaddedPolicy(make_oracle_model(self.case), weights_of(trainer))
             self.logps = policy.logps_of(self.case.rows, temperature=self.case.temperature)
 
     def roll_out(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.composition_cases import EOS, MAX_COMPLETION, Case, Row
 from tests.composition_runs import CLIP_MAX, CLIP_MIN, Key, Run, Weights, make_oracle_model, sampled_logps
 from tests.padded_loss import Inputs, Loss, Settings, padded_loss
-from tests.padded_oracle import ExactPolicy, Padded
+from tests.padded_oracle import Padded, PaddedPolicy
 
 # of an entropy to the quantile; fp32 is off by less
 CLOSEST = 1e-5
@@ -53,11 +53,11 @@ def settings_of(case: Case) -> Settings:
 
 
 class Oracle:
-    """The truth about a case's run, from the records of all its processes."""
+    """The truth about a case's run, from the records of all its processes; in fp32 what plain PyTorch makes of it."""
 
-    def __init__(self, case: Case, runs: list[Run]) -> None:
+    def __init__(self, case: Case, runs: list[Run], *, dtype: torch.dtype = torch.float64) -> None:
         self.case, self.runs, self.settings = case, runs, settings_of(case)
-        self.policy = ExactPolicy(make_oracle_model(case), runs[0].initial)
+        self.policy = PaddedPolicy(make_oracle_model(case), runs[0].initial, dtype=dtype)
         self.ref_logps = self._logps(runs[0].initial, is_reference=True) if case.beta else {}
         # the logps of all rows under the weights that generated: by the step that did
         self.old_logps = {step: self._logps(runs[0].steps[step].weights) for step, _ in runs[0].rollouts}
@@ -124,14 +124,14 @@ class Oracle:
         is_reported = bool(self.sampling_logps)
 
         def laid_out(values: dict[Key, list[float]] | dict[Key, list[float | None]]) -> Tensor:
-            return right_padded([values[key] for key in keys], length)
+            return right_padded([values[key] for key in keys], length).to(self.policy.dtype)
 
         env_mask = right_padded([row.env_mask for row in rows], length).bool()
         return _MicroBatch(
             padded,
             Inputs(
                 mask=padded.is_scored & env_mask,
-                advantages=torch.tensor([[row.advantage] for row in rows], dtype=torch.float64),
+                advantages=torch.tensor([[row.advantage] for row in rows], dtype=self.policy.dtype),
                 old_logps=laid_out(old_logps),
                 ref_logps=laid_out(self.ref_logps) if self.ref_logps else None,
                 sampling_logps=laid_out(self.sampling_logps) if is_reported else None,

@@ -1,6 +1,7 @@
 """TRL 1.16's loss of a padded micro-batch as its formulae stand: the reference of the composition matrix.
 
-Written for float64, with the advantages of a whole row or of every token; shares nothing with the code under test.
+In the type of its inputs, float64 for the truth; with the advantages of a whole row or of every token. Shares nothing
+with the code under test.
 
 Letters: B rows, C padded completion length.
 """
@@ -65,7 +66,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """0-dim each: the loss, which carries the gradient, and the sum of its terms' sizes, which bounds its rounding."""
+    """0-dim each: the loss, which carries the gradient, and the sum of its summands' sizes, a bound of its rounding."""
 
     value: Tensor
     size: Tensor
@@ -81,7 +82,7 @@ def padded_loss(logps: Tensor, entropies: Tensor, aux_loss: Tensor | None, input
         inputs: The rest of the micro-batch.
         settings: What it is trained for.
     """
-    mask = inputs.mask.double()
+    mask = inputs.mask.to(logps.dtype)
     log_ratio = logps - inputs.old_logps
     if settings.importance_sampling_level == "sequence":
         ratio = ((log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).exp()
@@ -92,18 +93,20 @@ def padded_loss(logps: Tensor, entropies: Tensor, aux_loss: Tensor | None, input
     terms = policy_terms(logps, log_ratio, ratio, weights, inputs, settings)
     if settings.off_policy_mask_threshold is not None:
         terms = terms * is_on_policy(logps, inputs, settings.off_policy_mask_threshold)
-    is_uncertain = (entropies.detach() >= inputs.entropy_threshold).double()
+    is_uncertain = (entropies.detach() >= inputs.entropy_threshold).to(logps.dtype)
     terms = terms * is_uncertain
     if weights is not None and settings.loss_type != "vespo":
         terms = terms * weights
+    sizes = terms.abs()
     if settings.beta:
         assert inputs.ref_logps is not None
         delta = inputs.ref_logps - logps
-        kl = delta.exp() - delta - 1
-        terms = terms + settings.beta * (kl * ratio if settings.use_bias_correction_kl else kl)
+        factor = settings.beta * (ratio if settings.use_bias_correction_kl else 1)
+        terms = terms + factor * (delta.exp() - delta - 1)
+        sizes = sizes + factor * (delta.exp() + delta.abs() + 1)
 
-    shares = terms * mask * token_weights(inputs, settings)
-    loss, size = shares.sum(), shares.abs().sum()
+    token_weight = mask * token_weights(inputs, settings)
+    loss, size = (terms * token_weight).sum(), (sizes * token_weight).sum()
     if settings.entropy_coef:
         counted = mask * is_uncertain
         bonus = settings.entropy_coef * entropies * counted / counted.sum().clamp(min=1) / inputs.accumulation
@@ -122,7 +125,7 @@ def policy_terms(
     if loss_type == "cispo":
         return -ratio.clamp(max=settings.epsilon_high).detach() * advantages * logps
     if loss_type == "sapo":
-        temperature = torch.where(advantages > 0, 1.0, 1.05)
+        temperature = torch.where(advantages > 0, 1.0, 1.05).to(logps.dtype)
         return -advantages * torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     if loss_type == "vespo":
         return -gamma_weight(log_ratio.detach(), weights, inputs) * advantages * logps
@@ -138,13 +141,13 @@ def gamma_weight(log_ratio: Tensor, weights: Tensor | None, inputs: Inputs) -> T
         log_weight = log_weight + weights.log().clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX).sum(1, keepdim=True)
     log_weight = log_weight.clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX)
     is_good = inputs.advantages >= 0
-    k, rate = torch.where(is_good, 2.0, 3.0).double(), torch.where(is_good, 3.0, 2.0).double()
+    k, rate = (torch.where(is_good, *values).to(log_ratio.dtype) for values in ((2.0, 3.0), (3.0, 2.0)))
     return (rate + k * log_weight - rate * log_weight.exp()).exp()
 
 
 def is_on_policy(logps: Tensor, inputs: Inputs, threshold: float) -> Tensor:
     """1 where a row stays in the policy term. [B, 1] or [B, C]."""
-    return ((inputs.advantages >= 0) | (mean_drift(logps, inputs) <= threshold)).double()
+    return ((inputs.advantages >= 0) | (mean_drift(logps, inputs) <= threshold)).to(logps.dtype)
 
 
 def mean_drift(logps: Tensor, inputs: Inputs) -> Tensor:
@@ -171,7 +174,7 @@ def sampler_weights(inputs: Inputs, settings: Settings) -> Tensor | None:
 
 def token_weights(inputs: Inputs, settings: Settings) -> Tensor | float:
     """What a token counts for. [B, 1] or a number."""
-    num_rows, lengths = len(inputs.mask), inputs.mask.sum(1, keepdim=True).double()
+    num_rows, lengths = len(inputs.mask), inputs.mask.sum(1, keepdim=True).to(inputs.advantages.dtype)
     if settings.loss_type in ("grpo", "sapo"):
         return 1 / (lengths.clamp(min=1) * num_rows * inputs.accumulation)
     if settings.loss_type == "bnpo":

@@ -1,4 +1,4 @@
-"""A policy in float64 on TRL's padded layout: plain logits of left-padded prompts and right-padded completions.
+"""A policy in plain PyTorch on TRL's padded layout: logits of left-padded prompts and right-padded completions.
 
 The model's own forward pass, positions from 0 in each row, and torch's log-softmax; nothing of `grpo_fast`.
 
@@ -53,11 +53,11 @@ class Padded:
         return Padded(ids, mask, positions, mask[:, width:].bool())
 
 
-class ExactPolicy:
-    """A model in float64, whose weights can be set to those of a moment of a run."""
+class PaddedPolicy:
+    """A model whose weights can be set to those of a moment of a run; exact in float64."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        self.model = model.double().train()
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64) -> None:
+        self.model, self.dtype = model.to(dtype).train(), dtype
         lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         lm.set_attn_implementation("eager")
         if lm._can_set_experts_implementation():
@@ -78,7 +78,7 @@ class ExactPolicy:
     def score(self, rows: Padded, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probs and entropies [B, C], 0 where not scored, and the routers' auxiliary loss or None."""
         length = rows.is_scored.shape[1]
-        with StaysDouble():
+        with StaysDouble() if self.dtype == torch.float64 else nullcontext():
             outputs = self.model(
                 input_ids=rows.input_ids,
                 attention_mask=rows.attention_mask,
@@ -86,12 +86,13 @@ class ExactPolicy:
                 use_cache=False,
                 **({"output_router_logits": True} if self.has_routers else {}),
             )
-            assert outputs.logits.dtype == torch.float64
+            assert outputs.logits.dtype == self.dtype
             logps_BCV = (outputs.logits[:, -length - 1 : -1] / temperature).log_softmax(-1)
         logps = logps_BCV.gather(-1, rows.input_ids[:, -length:, None])[..., 0]
         entropies = -(logps_BCV.exp() * logps_BCV).sum(-1)
         aux_loss = self._aux_loss(outputs.router_logits, rows.attention_mask) if self.has_routers else None
-        return torch.where(rows.is_scored, logps, 0.0), torch.where(rows.is_scored, entropies, 0.0), aux_loss
+        logps, entropies = (torch.where(rows.is_scored, values, 0.0) for values in (logps, entropies))
+        return logps, entropies, aux_loss
 
     def _aux_loss(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
         """Switch Transformers (arXiv:2101.03961), eqs. 4 to 6, over the unpadded tokens of all layers."""

@@ -70,7 +70,8 @@ def test_compiled_run_equals_the_plain_one(tmp_path):
     assert graphs[-1] <= 36
     assert all(reason.startswith(UNCOMPILED) for reason in counters["graph_break"])
     plain, _ = trained(tmp_path, **settings)
-    assert torch.equal(weights, plain)
+    # a compiled part adds gradients of its branches in an order of its own: a last bit of a weight near 1
+    torch.testing.assert_close(weights, plain, rtol=0, atol=2e-7)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.composition_cases import CASES, FACTORS, UNCLIPPED, WITH_AUX_LOSS, Case
-from tests.composition_runs import Run, run
-from tests.composition_truth import Oracle, Truth
+from tests.composition_runs import Run, Weights, run
+from tests.composition_truth import Oracle
 from tests.pairwise import pairs_of
 from tests.processes import launch
 
@@ -19,6 +19,9 @@ CLOSE = 1e-5
 CLOSE_VESPO = 3e-5
 # of the norm of all gradients: a parameter's own may be the rest of terms that cancel
 CLOSE_ALL = 1e-6
+# where all of a case's gradients are the rest of such terms: as far off as plain PyTorch in fp32, padded, with the luck
+# of another order of sums
+LUCK = 4
 
 IMPOSSIBLE = (
     # the config refuses them
@@ -31,35 +34,42 @@ IMPOSSIBLE = (
     {"processes": 1, "has_silent_process": True},
     # a window of one micro-batch has no half, and cannot be short
     *({"generation": kind, "accumulation": 1} for kind in ("shorter", "short last window")),
-    # windows straddle generations, or else have whole ones
+    # windows straddle generations; later passes follow a step
     {"generation": "longer", "is_off_policy": False},
-    *({"generation": kind, "is_off_policy": True} for kind in ("shorter", "short last window")),
+    {"num_iterations": 3, "is_off_policy": False},
 )
 
 
 def assert_true(case: Case, runs: list[Run]) -> None:
     """Every optimizer step of a run against the oracle."""
-    oracle = Oracle(case, runs)
+    oracle, plain = Oracle(case, runs), None
+    close = CLOSE_VESPO if case.loss_type == "vespo" else CLOSE
     norms = []
     for i in range(len(runs[0].steps)):
         truth = oracle.step(i)
         norms.append(norm(truth.gradients))
-        for process in runs:
-            assert_step(truth, process, i, CLOSE_VESPO if case.loss_type == "vespo" else CLOSE)
+        for step in (process.steps[i] for process in runs):
+            assert step.loss is not None
+            assert abs(step.loss - truth.loss) <= close * truth.size + 1e-9, f"step {i}: loss"
+            far = far_gradients(truth.gradients, step.gradients, close)
+            if far:
+                plain = plain or Oracle(case, runs, dtype=torch.float32)
+                rounded = plain.step(i).gradients
+                allowed = {name: LUCK * (rounded[name] - truth.gradients[name]).norm().item() for name in far}
+                worse = {name: (error, allowed[name]) for name, error in far.items() if error > allowed[name]}
+                assert not worse, f"step {i}: gradients' errors, and what fp32 explains"
     assert max(norms) > 0.01, "nothing to compare"
 
 
-def assert_step(truth: Truth, process: Run, i: int, close: float) -> None:
-    step, total = process.steps[i], norm(truth.gradients)
-    assert step.loss is not None
-    assert abs(step.loss - truth.loss) <= close * truth.size + 1e-9, f"step {i}: loss"
-    assert step.gradients.keys() == truth.gradients.keys()
-    for name, expected in truth.gradients.items():
-        error = (step.gradients[name] - expected).norm().item()
-        assert error <= close * expected.norm().item() + CLOSE_ALL * total, f"step {i}: {name}"
+def far_gradients(truth: Weights, gradients: Weights, close: float) -> dict[str, float]:
+    """Norms of the errors that are not small."""
+    assert gradients.keys() == truth.keys()
+    errors = {name: (gradients[name] - expected).norm().item() for name, expected in truth.items()}
+    total = norm(truth)
+    return {name: e for name, e in errors.items() if e > close * truth[name].norm().item() + CLOSE_ALL * total}
 
 
-def norm(gradients: dict[str, torch.Tensor]) -> float:
+def norm(gradients: Weights) -> float:
     return torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
 
 

@@ -49,7 +49,7 @@ trainer.args.max_tokens_per_pack = None
 free = needs(trainer, 128, 0) if trainer.accelerator.process_index else 2**40
 memory_planning.free_bytes = lambda device: free
 trainer._plan_memory()
-assert trainer._max_tokens_per_pack() == 128
+assert trainer._fill_tokens_per_pack() == 128
 """
 
 

@@ -7,9 +7,11 @@ from grpo_fast.memory_plan import (
     ActivationCost,
     LayerCost,
     MemoryPlan,
+    PackBudget,
     Size,
     peak_bytes,
     plan,
+    plan_budget,
     plan_for,
 )
 
@@ -138,6 +140,26 @@ def test_layers_that_may_not_recompute():
     assert decide(512 * 1050, choices=[0]) == (512, 0, True)
     assert decide(0, choices=[0]) == (128, 0, False)
     assert decide(512 * 1050, choices=[10], overhead=400) == (1024, 10, True)
+
+
+@pytest.mark.parametrize(
+    ("usable", "expected"),
+    [
+        (10**9, PackBudget(max_tokens=4096, fill_tokens=1024)),
+        # the largest with nine layers recomputed
+        (4096 * 240, PackBudget(max_tokens=4096, fill_tokens=512)),
+        (4096 * 240 - 1, PackBudget(max_tokens=2048, fill_tokens=512)),
+        (0, PackBudget(max_tokens=128, fill_tokens=128)),
+    ],
+)
+def test_a_group_may_need_what_full_packs_do_without(usable, expected):
+    assert plan_budget(COST, usable, cap=4096, fill_cap=1024, overhead_tokens=1) == expected
+
+
+def test_budgets_without_recomputation():
+    for usable, size in ((512 * 1050, 512), (4096 * 1050, 4096)):
+        budget = plan_budget(COST, usable, cap=4096, fill_cap=1024, overhead_tokens=1, choices=[0])
+        assert budget == PackBudget(max_tokens=size, fill_tokens=min(size, 1024))
 
 
 def test_a_plan_says_what_it_needs():

@@ -8,15 +8,16 @@ import torch
 from grpo_fast import GRPOConfig
 from grpo_fast.activations import decoder_layers, measure
 from grpo_fast.free_memory import free_bytes
-from grpo_fast.memory_plan import RESERVED_SHARE, peak_bytes
+from grpo_fast.memory_plan import MIN_BUDGET, RESERVED_SHARE, PackBudget, peak_bytes
 from grpo_fast.packing import default_max_tokens
 from grpo_fast.trainer import memory_planning
-from grpo_fast.trainer.memory_planning import PROBE_TOKENS, STATE_KEY
+from grpo_fast.trainer.memory_planning import FILL_TOKENS, PROBE_TOKENS, STATE_KEY
 from tests.test_trainer import build, weights_of
 from tests.tiny_lm import make_model
 
 L = 4
 CAP = default_max_tokens(torch.device("cpu"))
+FILL = FILL_TOKENS["cpu"]
 PLENTY = 2**40
 SETTINGS = {"optim": "adamw_torch", "learning_rate": 1e-2}
 
@@ -43,12 +44,16 @@ def needs(trainer, tokens, k):
     return peak_bytes(cost, tokens, k) / (1 - RESERVED_SHARE) + 3 * trained + 1
 
 
+def budget_of(trainer):
+    return PackBudget(max_tokens=trainer._max_tokens_per_pack(), fill_tokens=trainer._fill_tokens_per_pack())
+
+
 def recomputing(trainer):
     return [layer.gradient_checkpointing for layer in decoder_layers(trainer.model)]
 
 
 def watched(trainer):
-    """Runs the training; says how many layers recomputed in each micro-batch, and the packs' tokens."""
+    """Runs the training; says how many layers recompute in each pack, or packs of one graph, and the packs' tokens."""
     counts, tokens = [], []
     plan = trainer._plan_checkpointing
 
@@ -69,7 +74,7 @@ def test_with_memory_to_spare_nothing_recomputes(tmp_path, free):
     free(PLENTY)
     counts, _ = watched(trainer)
     assert counts == [0, 0]
-    assert trainer._max_tokens_per_pack() == CAP
+    assert budget_of(trainer) == PackBudget(max_tokens=CAP, fill_tokens=FILL)
 
 
 @pytest.mark.parametrize("k", [1, L - 1, L])
@@ -122,8 +127,8 @@ def test_what_was_chosen_is_said_once(tmp_path, free, logged):
     free(PLENTY)
     build_deep(tmp_path, max_steps=2).train()
     (line,) = logged()
-    assert line.startswith(f"packs of up to {CAP} tokens, which need 0.6")
-    assert line.endswith(f"that are free for them with 0 of {L} layers recomputed")
+    assert line.startswith(f"packs of up to {FILL} tokens, {CAP} for one group; full ones need 0.6")
+    assert line.endswith(f"that are free for them, with 0 of {L} layers recomputed")
 
 
 def test_too_little_memory_is_said_and_tried(tmp_path, free, logged):
@@ -132,31 +137,43 @@ def test_too_little_memory_is_said_and_tried(tmp_path, free, logged):
     counts, _ = watched(trainer)
     # the head's workspace is what is largest here
     assert counts == [L, L]
-    assert trainer._max_tokens_per_pack() == 128
+    assert budget_of(trainer) == PackBudget(max_tokens=MIN_BUDGET, fill_tokens=MIN_BUDGET)
     first, *rest = logged()
     assert first.startswith("memory is short: packs of up to 128 tokens")
     assert all("tokens may not fit the memory: it needs 0.6" in line for line in rest)
     assert rest
 
 
-def test_the_budget_falls_with_the_memory_before_layers_recompute(tmp_path, free):
+def test_full_packs_shrink_with_the_memory_before_layers_recompute(tmp_path, free):
     trainer = build_deep(tmp_path, max_steps=1)
-    free(needs(trainer, CAP // 2, 0))
+    free(needs(trainer, FILL // 2, 0))
     counts, _ = watched(trainer)
-    assert trainer._max_tokens_per_pack() == CAP // 2
+    budget = budget_of(trainer)
+    assert budget.fill_tokens == FILL // 2
+    # a group may have what fits with all layers recomputed
+    assert budget.fill_tokens < budget.max_tokens
     assert counts == [0]
+
+
+def test_packs_are_filled_up_to_their_own_budget(tmp_path, free, monkeypatch):
+    free(PLENTY)
+    for fill, num_packs in ((1024, 1), (20, 2)):
+        monkeypatch.setitem(FILL_TOKENS, "cpu", fill)
+        # two groups of a prompt of 4 tokens and four completions of up to 6
+        _, tokens = watched(build_deep(tmp_path, max_steps=1))
+        assert len(tokens) == num_packs, tokens
 
 
 def test_without_checkpointing_only_the_budget_falls(tmp_path, free):
     trainer = build_deep(tmp_path, max_steps=1, gradient_checkpointing=False)
-    free(needs(trainer, CAP // 2, 0))
+    free(needs(trainer, FILL // 2, 0))
     trainer.train()
-    assert trainer._max_tokens_per_pack() == CAP // 2
+    assert budget_of(trainer) == PackBudget(max_tokens=FILL // 2, fill_tokens=FILL // 2)
     assert recomputing(trainer) == [False] * L
     trainer = build_deep(tmp_path, max_steps=1, gradient_checkpointing=False, max_tokens_per_pack=77)
     free(0)
     trainer.train()
-    assert trainer._max_tokens_per_pack() == 77
+    assert budget_of(trainer) == PackBudget(max_tokens=77, fill_tokens=77)
     assert recomputing(trainer) == [False] * L
 
 
@@ -203,7 +220,7 @@ def test_what_cannot_be_planned_is_transformers(tmp_path, free, logged, change, 
     trainer.pads_rows = pads
     trainer.train()
     assert recomputing(trainer) == flags
-    assert trainer._max_tokens_per_pack() == CAP
+    assert budget_of(trainer) == PackBudget(max_tokens=CAP, fill_tokens=FILL)
     (line,) = logged()
     assert line.endswith(reason)
 
@@ -240,15 +257,16 @@ def test_overridden_losses_hold_all_packs_at_once(tmp_path, free):
 def test_a_resumed_run_keeps_its_budget(tmp_path, free):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
     straight = build_deep(tmp_path, **settings)
-    free(needs(straight, CAP // 2, 0))
+    free(needs(straight, FILL // 2, 0))
     straight.train()
+    budget = budget_of(straight)
+    assert budget.fill_tokens == FILL // 2
     checkpoint = str(tmp_path / "out" / "checkpoint-2")
     for found in (PLENTY, free_bytes(torch.device("cpu"))):
         free(found)
         resumed = build_deep(tmp_path, **(settings | {"save_strategy": "no"}))
         resumed.train(resume_from_checkpoint=checkpoint)
-        assert resumed._max_tokens_per_pack() == CAP // 2
-        assert resumed.state.stateful_callbacks[STATE_KEY]["attributes"] == {"max_tokens": CAP // 2}
+        assert budget_of(resumed) == budget == PackBudget(**resumed.state.stateful_callbacks[STATE_KEY]["attributes"])
         assert torch.equal(weights_of(resumed), weights_of(straight))
 
 
@@ -259,7 +277,7 @@ def test_a_resumed_run_with_less_memory_says_that_its_sums_differ(tmp_path, free
     resumed = build_deep(tmp_path, gradient_checkpointing=False, **(settings | {"save_strategy": "no"}))
     free(needs(resumed, 128, 0))
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert resumed._max_tokens_per_pack() == 128
+    assert budget_of(resumed) == PackBudget(max_tokens=128, fill_tokens=128)
     assert any(f"packs of up to {CAP} tokens, of which 128 fit" in line for line in logged())
 
 

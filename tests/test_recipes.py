@@ -336,3 +336,10 @@ def test_demo_falls_back_without_vllm(monkeypatch, tmp_path, caplog):
     assert caplog.messages == ["vLLM is not installed: transformers' generate takes its place"]
     assert not args.use_vllm
     assert (args.seed, args.max_steps, args.learning_rate) == (5, 2, 1e-3)
+
+
+def test_a_step_that_ran_no_row_keeps_the_entropy_before():
+    from grpo_fast.recipes.report import _series
+
+    logged = [{"entropy": None}, {"entropy": 1.5}, {"entropy": None}, {"entropy": 0.5}]
+    assert _series(logged, "entropy") == [0.0, 1.5, 1.5, 0.5]

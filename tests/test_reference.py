@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from grpo_fast import GRPOConfig
 from grpo_fast.loading import load_model
-from grpo_fast.packing import pack_rows
+from grpo_fast.padding import pad_rows
 from grpo_fast.policy import score
 from grpo_fast.reference import (
     SyncRefModelCallback,
@@ -83,7 +83,7 @@ def test_weights_that_zero3_has_spread_are_read_again(tmp_path):
     assert reference.config._attn_implementation == "eager"
     assert (reference.dtype, reference.lm_head.weight.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(logits(reference).bfloat16(), initial)
-    (row,) = pack_rows([[3, 4]], [[5, 6]], max_tokens=None, share_prompts=False)
+    (row,) = pad_rows([[3, 4]], [[5, 6]], max_tokens=None)
     expected = logits(reference)[0, 1:3].log_softmax(-1)
     logps = score(reference, row, temperature=1.0)[0]
     # the attention's rounding to 8 bits depends on the length of a row

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_fast import GRPOConfig, GRPOTrainer
 from tests.padded_loss import Inputs, Settings, bounds_of, padded_loss, sampler_weights
-from tests.padded_oracle import ExactPolicy, Padded
+from tests.padded_oracle import Padded, PaddedPolicy
 from tests.tiny_lm import make_model, make_tokenizer
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -41,7 +41,7 @@ CLOSE_TERMS = 2e-6
 
 @dataclass(frozen=True)
 class Rows:
-    """A random window: its rows, and what they are trained for."""
+    """A random window, one of `num_windows` of its generation: its rows, and what they are trained for."""
 
     prompts: list[tuple[int, ...]]
     completions: list[tuple[int, ...]]
@@ -49,6 +49,7 @@ class Rows:
     tool_mask: Tensor | None
     advantages: Tensor
     num_micro_batches: int
+    num_windows: int
     has_old_logps: bool
     settings: Settings
 
@@ -77,6 +78,7 @@ def draw_rows(rng: random.Random, loss_type: str) -> Rows:
         tool_mask=(torch.rand(num_rows, width, generator=g) > 0.3).long() if rng.random() < 0.3 else None,
         advantages=advantages,
         num_micro_batches=rng.choice((1, 2) if num_rows % 4 else (1, 2, 4)),
+        num_windows=rng.choice((1, 1, 2)),
         has_old_logps=rng.random() < 0.6,
         settings=Settings(
             loss_type=loss_type,
@@ -103,7 +105,7 @@ def draw(rng: random.Random, length: int) -> tuple[int, ...]:
 class Window:
     """A row set with its oracle."""
 
-    def __init__(self, rows: Rows, policy: ExactPolicy, seed: int) -> None:
+    def __init__(self, rows: Rows, policy: PaddedPolicy, seed: int) -> None:
         self.rows, self.policy = rows, policy
         self.padded = Padded.of(rows.prompts, rows.completions, rows.is_kept)
         self.logps, self.entropies, _ = policy.score(self.padded, temperature=1.0)
@@ -128,9 +130,9 @@ class Window:
             old_logps=old_logps,
             ref_logps=near(logps) if settings.beta else None,
             sampling_logps=sampling_logps,
-            num_items=max(1, int(mask.sum())),
+            num_items=max(1, int(mask.sum()) * self.rows.num_windows + seed % 5),
             accumulation=self.rows.num_micro_batches,
-            steps_per_generation=self.rows.num_micro_batches,
+            steps_per_generation=self.rows.num_micro_batches * self.rows.num_windows,
         )
 
     def is_well_posed(self) -> bool:
@@ -149,7 +151,7 @@ class Window:
         loss.backward()
         return gradients_of(self.policy.model), loss.item(), sum(part.size.item() for part in parts)
 
-    def micro_batch(self, rows: list[int], num_micro_batches: int) -> dict[str, Tensor]:
+    def micro_batch(self, rows: list[int]) -> dict[str, Tensor]:
         """Some rows as the trainer takes them."""
         inputs, settings = part_of(self.inputs, rows), self.rows.settings
         width = self.padded.is_scored.shape[1]
@@ -215,8 +217,8 @@ def trainer(tmp_path_factory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def policy(trainer) -> ExactPolicy:
-    return ExactPolicy(make_model(**SIZES), trainer.model.state_dict())
+def policy(trainer) -> PaddedPolicy:
+    return PaddedPolicy(make_model(**SIZES), trainer.model.state_dict())
 
 
 def tell(trainer: Any, rows: Rows, num_micro_batches: int, rng: random.Random) -> None:
@@ -235,19 +237,23 @@ def tell(trainer: Any, rows: Rows, num_micro_batches: int, rng: random.Random) -
     trainer.args.delta, trainer.args.use_bias_correction_kl = settings.delta, settings.use_bias_correction_kl
     trainer.args.max_tokens_per_pack = rng.choice((3, 8, 16, None))
     trainer.args.share_prompts = rng.choice(("always", "never", "auto"))
-    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = num_micro_batches
+    trainer.current_gradient_accumulation_steps = num_micro_batches
+    trainer.args.steps_per_generation = num_micro_batches * rows.num_windows
 
 
-def step(trainer: Any, window: Window, grouping: list[list[int]]) -> tuple[Tensor, float]:
-    """The trainer's gradient and loss of a window in some grouping."""
+def step(trainer: Any, window: Window, grouping: list[list[int]], *, is_buffered: bool) -> tuple[Tensor, float]:
+    """The trainer's gradient and loss of a window in some grouping; `is_buffered` lets it pack all micro-batches."""
     trainer.model.zero_grad(set_to_none=True)
+    micro_batches = [window.micro_batch(part) for part in grouping]
+    trainer._buffered_inputs, trainer._step = micro_batches if is_buffered else None, 0
+    trainer.get_batch_samples(iter([[]] * len(micro_batches)), len(micro_batches), torch.device("cpu"))
     total = 0.0
-    for part in grouping:
-        inputs = window.micro_batch(part, len(grouping))
+    for inputs in micro_batches:
         with trainer._scoring_attention(trainer.model):
             loss = trainer._compute_loss(trainer.model, inputs)
             loss.backward()
         total += loss.item()
+        trainer._step += 1
     trainer._pending_stats.clear()
     return gradients_of(trainer.model), total
 
@@ -272,7 +278,7 @@ def test_gradients_do_not_move(trainer, policy, loss_type):
             after = regrouped(rng, num_rows, rng.choice([n for n in (1, 2, 4) if num_rows % n == 0]))
         expected, expected_loss, size = window.truth(before)
         tell(trainer, rows, len(after), rng)
-        gradient, loss = step(trainer, window, after)
+        gradient, loss = step(trainer, window, after, is_buffered=rng.random() < 0.7)
         assert abs(loss - expected_loss) <= close * size + 1e-9, rows
         assert (gradient - expected).norm() <= close * expected.norm() + CLOSE_TERMS * size, rows
         num_moving += bool(expected.norm() > 1e-3)

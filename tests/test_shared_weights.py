@@ -6,10 +6,11 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_fast.batch import Sampling
-from grpo_fast.generation import vllm_loader
+from grpo_fast.generation import shared_weights, vllm_loader
 from grpo_fast.generation.transformers_engine import TransformersEngine
 from grpo_fast.generation.vllm_engine import VLLMEngine
 from grpo_fast.recipes.smollm2 import load_smollm2
@@ -143,6 +144,14 @@ def test_gradients_are_those_of_a_model_of_its_own(shared):
     model.gradient_checkpointing_disable()
     model.zero_grad()
     model.eval()
+
+
+def test_a_computed_weight_is_not_taken_for_the_parameter_that_lay_there():
+    model = nn.Linear(3, 2, bias=False)
+    parameters, before = shared_weights._by_address(model), model.weight.detach()
+    assert shared_weights._at(parameters, before) is model.weight
+    model.weight.data = before.clone()
+    assert shared_weights._at(parameters, before) is None
 
 
 def test_a_weight_that_was_moved_is_taken_back(shared):

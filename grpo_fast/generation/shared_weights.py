@@ -95,7 +95,7 @@ class SharedWeights:
             link = self._links.get(name)
             if link is None:
                 continue
-            parameter = parameters.get(_address(weight))
+            parameter = _at(parameters, weight)
             if not self.transformed:
                 self._check_whole(name, weight)
             link.view = whole_view(link.pieces, weight)
@@ -116,7 +116,7 @@ class SharedWeights:
         parameters = _by_address(model)
         found: dict[nn.Parameter, Tensor] = {}
         for name, weight in named_weights(model, adapters=self._adapters):
-            link, parameter = self._links.get(name), parameters.get(_address(weight))
+            link, parameter = self._links.get(name), _at(parameters, weight)
             if link is not None and not link.is_shared and link.view is not None and parameter is not None:
                 found[parameter] = link.view
         return found
@@ -125,7 +125,7 @@ class SharedWeights:
         """Note that an optimizer has just written every tensor of `shadows`."""
         parameters = _by_address(model)
         for name, weight in named_weights(model, adapters=self._adapters):
-            link, parameter = self._links.get(name), parameters.get(_address(weight))
+            link, parameter = self._links.get(name), _at(parameters, weight)
             if link is not None and not link.is_shared and link.view is not None and parameter is not None:
                 link.written = parameter._version
 
@@ -159,7 +159,7 @@ class SharedWeights:
             link = self._links.get(name)
             if link is None:
                 continue
-            parameter = parameters.get(_address(weight))
+            parameter = _at(parameters, weight)
             if self._share_again(link, weight, parameter, parameters):
                 self.copied_bytes += weight.nbytes
                 continue
@@ -238,7 +238,7 @@ class SharedWeights:
             return False
         if link.view is None or link.view.shape != weight.shape or self._why_not_shared(link, weight, parameter):
             return False
-        if _address(link.view) in parameters:
+        if _at(parameters, link.view) is not None:
             return False
         link.view.copy_(weight)
         parameter.data = link.view
@@ -249,7 +249,7 @@ class SharedWeights:
     ) -> None:
         """See whether a weight is still where `share` put it: not after FSDP, DeepSpeed or a change of adapters."""
         is_moved = _is_moved(link, weight)
-        owner = parameters.get(_address(link.view)) if is_moved and link.view is not None else None
+        owner = _at(parameters, link.view) if is_moved and link.view is not None else None
         if owner is not None:
             # the parameter whose place another one takes keeps its values
             owner.data = owner.data.clone()
@@ -339,6 +339,15 @@ def _address(tensor: Tensor) -> tuple[int, torch.Size]:
 def _by_address(model: nn.Module) -> dict[tuple[int, torch.Size], nn.Parameter]:
     # a sharded parameter is no whole weight
     return {_address(parameter): parameter for parameter in model.parameters() if not is_part(parameter)}
+
+
+def _at(parameters: dict[tuple[int, torch.Size], nn.Parameter], weight: Tensor) -> nn.Parameter | None:
+    """The parameter that lies where `weight` does.
+
+    One that moved after `_by_address` is not there any more, though a computed weight may be by chance.
+    """
+    parameter = parameters.get(_address(weight))
+    return parameter if parameter is not None and _address(parameter) == _address(weight) else None
 
 
 def _places(link: Link, weight: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -217,9 +217,11 @@ class _StepPrinter(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "reward" in logs:
+            # None where no group had a signal, and nothing was run
+            entropy = "    -" if logs["entropy"] is None else f"{logs['entropy']:5.2f}"
             print(
                 f"step {state.global_step:3d}/{state.max_steps}   reward {logs['reward']:5.2f}   "
-                f"length {logs['completions/mean_length']:5.1f}   entropy {logs['entropy']:5.2f}   "
+                f"length {logs['completions/mean_length']:5.1f}   entropy {entropy}   "
                 f"{logs['step_time']:6.2f} s",
                 flush=True,
             )

@@ -92,7 +92,7 @@ class Summary:
             cpu_seconds=cpu_seconds,
             phase_seconds=_phase_seconds(logged, train_seconds / max(steps, 1)),
             peak_rss_mb=peak_rss_mb,
-            curves={key: [entry[key] for entry in logged] for key in ("step", *(key for key, _, _ in PANELS))},
+            curves={key: _series(logged, key) for key in ("step", *(key for key, _, _ in PANELS))},
         )
 
 
@@ -227,6 +227,14 @@ def trailing_means(values: list[float]) -> list[float]:
     """The mean of each value and the up to `MEAN_OVER - 1` before it."""
     windows = [values[max(0, end - MEAN_OVER) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]
+
+
+def _series(logged: list[dict[str, Any]], key: str) -> list[float]:
+    """A metric of each step; a step that ran no row has no entropy, and keeps the one before."""
+    values: list[float] = []
+    for entry in logged:
+        values.append((values[-1] if values else 0.0) if entry[key] is None else entry[key])
+    return values
 
 
 def _phase_seconds(logged: list[dict[str, Any]], seconds_per_step: float) -> dict[str, float]:

@@ -169,6 +169,7 @@ class LossTrainer(WindowTrainer):
         return total
 
     def _swept(self, model: nn.Module, scored: Pack | PaddedRows, window: Window) -> Tensor:
+        self._plan_checkpointing([scored])
         parts = self._rows_loss(window, scored.rows, scored.columns, scored.row_lengths)
         terms: list[PolicyLoss] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from grpo_fast.attention import AttentionPlan, causal_lm, packed_attention, runn
 from grpo_fast.batch import Pack, PaddedRows
 from grpo_fast.free_memory import free_bytes
 from grpo_fast.generation.vllm_weights import is_sharded
-from grpo_fast.memory_plan import RESERVED_SHARE, ActivationCost, MemoryPlan, plan, plan_for
+from grpo_fast.memory_plan import RESERVED_SHARE, ActivationCost, MemoryPlan, PackBudget, plan_budget, plan_for
 from grpo_fast.packing import default_max_tokens, pack_rows
 from grpo_fast.policy import backbone
 from grpo_fast.trainer.base import BaseTrainer
@@ -30,16 +30,18 @@ PROBE_ROW = 16
 # tokens that cost as much as a pass of any length does beside its tokens. An accelerator moves some 16 bytes a weight
 # to read and round it and to add up its gradient; a token takes 6 operations a weight, of which an H100 does 150 in the
 # time of a byte: 16 x 150 / 6. On a CPU as measured
-PASS_OVERHEAD = {"cpu": 8, "accelerator": 400}
+PASS_OVERHEAD = {"cpu": 64, "accelerator": 400}
+# tokens above which a pass gains nothing: a CPU's activations then leave its caches
+FILL_TOKENS = {"cpu": 1024, "accelerator": 16384}
 # tensors of a weight's size that an optimizer keeps of it: AdamW's two moments
 STATE_COPIES = 2
 # where a checkpoint's trainer_state.json has the budget
-STATE_KEY = "grpo_fast.max_tokens_per_pack"
+STATE_KEY = "grpo_fast.pack_budget"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Adaptive:
-    """What a step's choice of layers rests on."""
+    """What a pack's choice of layers rests on: the costs, and the plan for a full pack."""
 
     cost: ActivationCost
     first: MemoryPlan
@@ -51,21 +53,35 @@ class MemoryTrainer(BaseTrainer):
     unpackable: str | None
     pads_rows: bool
 
-    # tokens of a pack, once training has begun
-    _token_budget: int | None = None
+    # once training has begun
+    _pack_budget: PackBudget | None = None
     # None: layers stay as they are
     _adaptive: _Adaptive | None = None
     _is_shortage_said = False
 
     def _max_tokens_per_pack(self) -> int:
-        """The budget of a pack: what the user says, else what training began with."""
-        return self.args.max_tokens_per_pack or self._token_budget or default_max_tokens(self.accelerator.device)
+        """The most tokens of a pack of one group: what the user says, else what training began with."""
+        return self.args.max_tokens_per_pack or (self._pack_budget or self._default_budget).max_tokens
+
+    def _fill_tokens_per_pack(self) -> int:
+        """The most tokens of a pack of several groups."""
+        return self.args.max_tokens_per_pack or (self._pack_budget or self._default_budget).fill_tokens
+
+    @property
+    def _default_budget(self) -> PackBudget:
+        """Where there is memory to spare, or nothing says how much there is."""
+        cap = default_max_tokens(self.accelerator.device)
+        return PackBudget(max_tokens=cap, fill_tokens=min(cap, FILL_TOKENS[self._device_kind]))
+
+    @property
+    def _device_kind(self) -> str:
+        return "cpu" if self.accelerator.device.type == "cpu" else "accelerator"
 
     def _plan_memory(self) -> None:
-        """Choose the budget for the run and let layers adapt to each step; all processes call it as training begins.
+        """Choose the budget for the run and let layers adapt to each pack; all processes call it as training begins.
 
         The budget decides in which order sums are taken, so a resumed run has that of its checkpoint, and all processes
-        have the smallest. Which layers recompute changes no bit, so each process decides that for each step.
+        have the smallest. Which layers recompute changes no bit, so each process decides that for each pack.
         """
         args = self.args
         self._adaptive = None
@@ -76,29 +92,28 @@ class MemoryTrainer(BaseTrainer):
             return
         obstacle = self._planning_obstacle()
         if obstacle is not None:
-            self._settle_budget(default_max_tokens(self.accelerator.device))
-            logger.info(
-                "packs of up to %d tokens, gradient checkpointing as transformers has it: %s",
-                self._max_tokens_per_pack(),
-                obstacle,
-            )
+            self._settle_budget(self._default_budget)
+            logger.info(f"{self._budget_facts()}; gradient checkpointing is transformers': {obstacle}")
             return
         cost = activations.measure(self.model, self._run_probe, PROBE_TOKENS)
         usable, choices = self._usable_bytes(), self._choices(cost)
         self._settle_budget(self._best_budget(cost, usable, choices))
-        first = plan_for(cost, self._max_tokens_per_pack(), usable, choices)
+        first = plan_for(cost, self._fill_tokens_per_pack(), usable, choices)
         if adapts:
             self._adaptive = _Adaptive(cost=cost, first=first)
             activations.checkpoint_layers(self.model, first.checkpointed_layers)
         facts = (
-            f"packs of up to {first.max_tokens} tokens, which need {first.peak_bytes / GIB:.2f} GiB of the "
-            f"{usable / GIB:.2f} GiB that are free for them with {first.checkpointed_layers} of {len(cost.layers)} "
-            "layers recomputed"
+            f"{self._budget_facts()}; full ones need {first.peak_bytes / GIB:.2f} GiB of the {usable / GIB:.2f} GiB "
+            f"that are free for them, with {first.checkpointed_layers} of {len(cost.layers)} layers recomputed"
         )
         if first.fits:
             logger.info(facts)
         else:
             logger.warning(f"memory is short: {facts}")
+
+    def _budget_facts(self) -> str:
+        fill, most = self._fill_tokens_per_pack(), self._max_tokens_per_pack()
+        return f"packs of up to {fill} tokens" + (f", {most} for one group" if most > fill else "")
 
     @property
     def _shares_weights(self) -> bool:
@@ -124,26 +139,33 @@ class MemoryTrainer(BaseTrainer):
             return f"nothing says how much memory of {self.accelerator.device.type} is free"
         return None
 
-    def _settle_budget(self, wanted: int) -> None:
+    def _settle_budget(self, wanted: PackBudget) -> None:
         """The smallest that a process wants, where the user says none; kept with the run's checkpoints."""
         if self.args.max_tokens_per_pack is None:
-            budgets = self.accelerator.gather(torch.tensor([wanted], device=self.accelerator.device))
-            self._token_budget = int(budgets.min())
-            self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": {"max_tokens": self._token_budget}}
+            own = torch.tensor([[wanted.max_tokens, wanted.fill_tokens]], device=self.accelerator.device)
+            most, fill = self.accelerator.gather(own).amin(0).tolist()
+            self._pack_budget = PackBudget(max_tokens=most, fill_tokens=fill)
+            self.state.stateful_callbacks[STATE_KEY] = {"args": {}, "attributes": asdict(self._pack_budget)}
 
-    def _best_budget(self, cost: ActivationCost, usable: float, choices: Sequence[int]) -> int:
+    def _best_budget(self, cost: ActivationCost, usable: float, choices: Sequence[int]) -> PackBudget:
         """The checkpoint's if there is one and it fits, else what costs least time."""
-        device = self.accelerator.device
-        overhead = PASS_OVERHEAD["cpu" if device.type == "cpu" else "accelerator"]
-        best = plan(cost, usable, cap=default_max_tokens(device), overhead_tokens=overhead, choices=choices).max_tokens
+        caps = self._default_budget
+        best = plan_budget(
+            cost,
+            usable,
+            cap=caps.max_tokens,
+            fill_cap=caps.fill_tokens,
+            overhead_tokens=PASS_OVERHEAD[self._device_kind],
+            choices=choices,
+        )
         saved = self.state.stateful_callbacks.get(STATE_KEY)
         if saved is None:
             return best
-        budget: int = saved["attributes"]["max_tokens"]
-        if budget > best and not plan_for(cost, budget, usable, choices).fits:
+        budget = PackBudget(**saved["attributes"])
+        if budget.max_tokens > best.max_tokens and not plan_for(cost, budget.max_tokens, usable, choices).fits:
             logger.warning(
-                f"the checkpoint was written with packs of up to {budget} tokens, of which {best} fit the memory there "
-                "is: the resumed run's sums are taken in another order"
+                f"the checkpoint was written with packs of up to {budget.max_tokens} tokens, of which "
+                f"{best.max_tokens} fit the memory there is: the resumed run's sums are taken in another order"
             )
             return best
         return budget
@@ -160,7 +182,7 @@ class MemoryTrainer(BaseTrainer):
         """Let as many layers recompute as the largest of these batches needs, before the first of them runs.
 
         Args:
-            batches: Those of an optimizer step, or the next of them.
+            batches: The next to run.
             together: Whether one graph holds all of them.
         """
         if self._adaptive is None or not torch.is_grad_enabled():

@@ -65,7 +65,6 @@ class ScoringTrainer(MemoryTrainer):
         device = self.accelerator.device
         counts_tokens = self.aux_loss_enabled
         common: dict[str, Any] = {
-            "max_tokens": None if counts_tokens else self._max_tokens_per_pack(),
             "runs_everything": counts_tokens,
             "keep": keep,
         }
@@ -74,12 +73,15 @@ class ScoringTrainer(MemoryTrainer):
             packs = pack_rows(
                 rows.prompt_ids,
                 rows.completion_ids,
+                max_tokens=None if counts_tokens else self._max_tokens_per_pack(),
+                fill_tokens=None if counts_tokens else self._fill_tokens_per_pack(),
                 share_prompts=SHARE_PROMPTS[self.args.share_prompts],
                 hidden_size=getattr(causal_lm(self.model).config.get_text_config(), "hidden_size", None),
                 **common,
             )
         else:
-            packs = pad_rows(rows.prompt_ids, rows.completion_ids, **common)
+            max_tokens = None if counts_tokens else self._fill_tokens_per_pack()
+            packs = pad_rows(rows.prompt_ids, rows.completion_ids, max_tokens=max_tokens, **common)
         wanted = [pack.only(rows.is_scored[pack.rows, pack.columns]) for pack in packs]
         return [pack.to(device) for pack in wanted if pack.targets.numel() or counts_tokens]
 

@@ -191,7 +191,6 @@ class WindowTrainer(ScoringTrainer):
             for member, host, silent in zip(members, hosts, is_silent, strict=True):
                 host.skip(member, silent)
         batches = self._batches(members, hosts, torch.cat(is_silent))
-        self._plan_checkpointing(batches)
         weights = [self._row_weights(member, mask, objective) for member, mask in zip(members, masks, strict=True)]
         return Window(
             members=members,
