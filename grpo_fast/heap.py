@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,28 +81,34 @@ class PeakKeeper:
             self._mark = max(self._mark, resident_bytes() + expected + self._slack)
 
 
-def keep_peak(model: nn.Module, layers: Iterable[nn.Module], head: nn.Module) -> PeakKeeper | None:
-    """Look at the process's memory at each layer and each large gradient of a training step on a CPU.
+@contextmanager
+def kept_peak(model: nn.Module, layers: Iterable[nn.Module], head: nn.Module) -> Iterator[PeakKeeper | None]:
+    """Within, look at the process's memory at each layer and each large gradient of a training step on a CPU.
+
+    A look takes some 10 us. Passes without gradients are not looked at, such as those of a reference model that was
+    copied from `model`.
 
     Args:
         model: Gradients of its trainable parameters are looked at as they appear.
         layers: Parts of `model` that run one after the other.
         head: Runs last, and makes its weight's gradient as it runs.
 
-    Returns:
+    Yields:
         What looks; None, without any hook, for small gradients or where the heap cannot be trimmed.
     """
     trained = [p for p in model.parameters() if p.requires_grad and p.nbytes >= MIN_TENSOR_BYTES]
     total = sum(parameter.nbytes for parameter in trained)
-    if total < MIN_BYTES or _malloc_trim() is None:
-        return None
+    if total < MIN_BYTES or _malloc_trim() is None or not os.path.exists(STATM):
+        yield None
+        return
     keeper = PeakKeeper(int(total * SLACK))
-    for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(partial(_at_gradient, keeper))
-    for layer in layers:
-        layer.register_forward_pre_hook(partial(_at_layer, keeper))
-    head.register_forward_pre_hook(partial(_at_head, keeper))
-    return keeper
+    with ExitStack() as hooks:
+        for parameter in trained:
+            hooks.callback(parameter.register_post_accumulate_grad_hook(partial(_at_gradient, keeper)).remove)
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(partial(_at_layer, keeper)).remove)
+        hooks.callback(head.register_forward_pre_hook(partial(_at_head, keeper)).remove)
+        yield keeper
 
 
 def _at_gradient(keeper: PeakKeeper, parameter: Tensor) -> None:

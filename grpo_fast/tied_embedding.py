@@ -20,17 +20,33 @@ from torch import Tensor, nn
 
 from grpo_kernels.first_order import first_order
 
-EMBEDDING_FORWARD = nn.Embedding.forward
-
 # weights that rows have been looked up of -> what stands for them in the graph
 _uses: ContextVar[dict[Tensor, Tensor] | None] = ContextVar("uses", default=None)
 
 
-def install_lookup(embedding: nn.Module) -> None:
-    """Let a plain embedding look up rows for `one_gradient`; others are left as they are."""
-    if type(embedding) is nn.Embedding and "forward" not in vars(embedding):
+@contextmanager
+def joined_lookups(model: nn.Module, head: nn.Module) -> Iterator[int]:
+    """Within, the plain embeddings of `model` whose weight is the head's take part in `one_gradient`; yields how many.
+
+    An embedding of another class, such as one that scales its rows, is left as it is, and so is one with a `forward` of
+    its own.
+    """
+    weight = getattr(head, "weight", None)
+    embeddings = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Embedding and module.weight is weight and "forward" not in vars(module)
+    ]
+    for embedding in embeddings:
         # bound, so that a deep copy of the module calls itself; the class's own in a pickle
         embedding.forward = MethodType(forward, embedding)  # type: ignore[method-assign]
+    try:
+        yield len(embeddings)
+    finally:
+        for embedding in embeddings:
+            # others may have wrapped it
+            if getattr(vars(embedding).get("forward"), "__func__", None) is forward:
+                del embedding.forward
 
 
 @contextmanager
@@ -53,7 +69,8 @@ def forward(self: nn.Embedding, input: Tensor) -> Tensor:
     uses = _uses.get()
     if uses is None or not _is_plain(self):
         return type(self).forward(self, input)
-    rows, uses[self.weight] = _Lookup.apply(self.weight, input, self.padding_idx)
+    # after an earlier lookup of the same pass, its stand-in: the head's gradient goes through both
+    rows, uses[self.weight] = _Lookup.apply(head_weight(self.weight), input, self.padding_idx)
     out: Tensor = rows
     return out
 
@@ -64,7 +81,9 @@ def _is_plain(embedding: nn.Embedding) -> bool:
     # elsewhere the host would wait for the number of different tokens; sharded weights are of other classes
     is_whole = weight.device.type == "cpu" and type(weight) is nn.Parameter
     has_options = embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
-    return wants_gradient and is_whole and not has_options and type(embedding).forward is EMBEDDING_FORWARD
+    # nobody has replaced the class's
+    is_torchs = getattr(type(embedding).forward, "__globals__", None) is vars(nn.modules.sparse)
+    return wants_gradient and is_whole and not has_options and is_torchs
 
 
 class _Lookup(torch.autograd.Function):

@@ -43,7 +43,7 @@ from grpo_fast.generation.vllm_processes import (
 )
 from grpo_fast.generation.vllm_requests import request_seed, request_settings, runs_of_rows
 from grpo_fast.generation.vllm_sampler import report_policy_logps
-from grpo_fast.generation.vllm_sleep import EngineMemory, sleep_arguments
+from grpo_fast.generation.vllm_sleep import EngineMemory, fill_before_steps, sleep_arguments
 from grpo_fast.generation.vllm_start import (
     MAX_BATCHED_TOKENS,
     check_arguments,
@@ -114,7 +114,9 @@ class VLLMEngine(Engine):
             sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
-            enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`.
+            enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`. On a CPU that of weights that
+                are the engine's own, such as bf16 copies of an fp32 policy, is free, too: they are copied from `model`
+                when they are first needed inside, and an optimizer writes none of them.
             vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above. With `enable_lora=False`
                 LoRA adapters are added into copies of the weights.
             shows_progress: Whether each generation has a progress bar.
@@ -175,6 +177,8 @@ class VLLMEngine(Engine):
             self._llm.collective_rpc(report_policy_logps)
             if enable_sleep_mode:
                 self._memory = EngineMemory(self._llm, self.weights.copies() if self._on_cpu else {})
+            if self._releases_weights:
+                fill_before_steps(self._llm, weakref.WeakMethod(self._fill))
         except BaseException:
             self.close()
             raise
@@ -316,7 +320,7 @@ class VLLMEngine(Engine):
         """See `Engine.awake`.
 
         Raises:
-            EngineError: the KV cache's memory could not be taken back; the engine is closed.
+            EngineError: its memory could not be taken back; the engine is closed.
         """
         self._check_open()
         self._take()
@@ -340,7 +344,7 @@ class VLLMEngine(Engine):
                 raise self._failed(explained_wake(self._arguments)) from error
 
     def _fill(self) -> None:
-        """Copy the weights that were released, unless `update_weights` has."""
+        """Copy the weights that were released, unless that has been done since."""
         if self._memory is not None and self._memory.needs_weights:
             self._copy_weights()
 
@@ -373,7 +377,7 @@ class VLLMEngine(Engine):
     def update_weights(self, model: nn.Module) -> None:
         """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights.
 
-        Where the memory of the copies is free, they are made when it is taken, of the policy as it is then.
+        Where the memory of the copies is free, they are made once it is taken, of the policy as it is then.
 
         Raises:
             ValueError: `model` runs an adapter that vLLM has no room for.
@@ -388,17 +392,21 @@ class VLLMEngine(Engine):
 
     @property
     def copied_bytes(self) -> int:
-        """What the last update copied: weights that are not shared, and adapters."""
+        """What was last copied: weights that are not shared, and adapters."""
         return self.weights.copied_bytes + (0 if self.adapter is None else self.adapter.copied_bytes)
 
     def shadows(self) -> dict[nn.Parameter, Tensor]:
         """See `Engine.shadows`; none where their memory is free while the optimizer steps."""
-        has_memory = self._memory is None or not self._memory.has_weights
-        return self.weights.shadows(self._live_model()) if has_memory else {}
+        return {} if self._releases_weights else self.weights.shadows(self._live_model())
 
     def shadows_written(self) -> None:
         """See `Engine.shadows_written`."""
-        self.weights.shadows_written(self._live_model())
+        if not self._releases_weights:
+            self.weights.shadows_written(self._live_model())
+
+    @property
+    def _releases_weights(self) -> bool:
+        return self._memory is not None and self._memory.has_weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -411,7 +419,7 @@ class VLLMEngine(Engine):
         Raises:
             RuntimeError: naming the weights that differ.
         """
-        with self.awake():
+        with self.awake() if self._releases_weights else nullcontext():
             self._fill()
             self.weights.check(self._live_model(), num_rows=CHECKED_ROWS, generator=self._checked)
         if self.adapter is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +53,17 @@ def sleep_arguments(overrides: dict[str, Any]) -> dict[str, Any]:
     return {"enable_sleep_mode": True, "worker_cls": f"{package}.vllm_gpu_worker.ResidentWeightsWorker"}
 
 
+def fill_before_steps(llm: Any, fill: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Let vLLM's worker call `fill` before it runs its model, whoever asked it to."""
+
+    def before_step() -> None:
+        living = fill()
+        if living is not None:
+            living()
+
+    llm.collective_rpc(lambda worker: setattr(worker, "before_step", before_step))
+
+
 class EngineMemory:
     """Taken by `take` or `held`, and free from the end of the outermost `held` on."""
 
@@ -66,7 +78,7 @@ class EngineMemory:
         self._copies = [(storage, storage.nbytes(), links) for storage, links in copies.items()]
         self._num_holders = 0
         self._is_taken = True
-        # whether the weights are in memory, but not in it yet
+        # whether their memory is taken, but has not been filled
         self.needs_weights = False
         self._release()
 
@@ -86,7 +98,7 @@ class EngineMemory:
             return
         for storage, size, _ in self._copies:
             storage.resize_(size)
-        # what the allocators keep for themselves after training
+        # what the allocators keep for themselves after training, and the weights have not been put into
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         elif self.has_weights:

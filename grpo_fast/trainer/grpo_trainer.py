@@ -158,7 +158,6 @@ class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer
             if args.sync_ref_model:
                 self.add_callback(reference.SyncRefModelCallback(self.ref_model, self.accelerator))
         self.model.add_model_tags(list(self._tag_names))
-        self._shrink_steps()
         # each process samples differently
         set_seed(args.seed, device_specific=True)
         self._start_engine()
@@ -316,7 +315,7 @@ class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer
         """As `Trainer.train`; Ctrl-C or SIGTERM finishes the step and leaves a checkpoint."""
         # an earlier run may have ended within a generation batch
         self._step, self._buffered_inputs, self._running = 0, None, None
-        with self._interrupt.installed():
+        with self._interrupt.installed(), self._small_steps():
             return super().train(*args, **kwargs)
 
 
