@@ -16,13 +16,17 @@ class KVReleasingCPUWorker(CPUWorker):
     model before `wake_up`.
     """
 
-    before_step: Callable[[], None] | None = None
+    _before_step: Callable[[], None] | None = None
     _sizes: dict[torch.UntypedStorage, int]
 
+    def call_before_steps(self, before_step: Callable[[], None]) -> None:
+        """Have `before_step` called whenever the model is about to run."""
+        self._before_step = before_step
+
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's, after `before_step`."""
-        if self.before_step is not None:
-            self.before_step()
+        """As vLLM's."""
+        if self._before_step is not None:
+            self._before_step()
         return super().execute_model(*args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:

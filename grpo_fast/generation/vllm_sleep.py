@@ -61,7 +61,7 @@ def fill_before_steps(llm: Any, fill: weakref.WeakMethod[Callable[[], None]]) ->
         if living is not None:
             living()
 
-    llm.collective_rpc(lambda worker: setattr(worker, "before_step", before_step))
+    llm.collective_rpc("call_before_steps", args=(before_step,))
 
 
 class EngineMemory:

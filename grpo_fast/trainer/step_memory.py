@@ -34,7 +34,8 @@ class StepMemoryTrainer(BaseTrainer):
         lm = causal_lm(self.model)
         with ExitStack() as stack:
             stack.enter_context(joined_lookups(lm, lm.get_output_embeddings()))
-            if self.accelerator.mixed_precision in ("bf16", "fp16"):
+            # accelerate has no fp16 on a CPU
+            if self.accelerator.mixed_precision == "bf16":
                 stack.enter_context(mixed_linears(self.model))
             stack.enter_context(kept_peak(self.model, decoder_layers(self.model), lm.get_output_embeddings()))
             yield
