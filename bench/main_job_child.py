@@ -171,7 +171,8 @@ def measure(label: str, *, model: str, steps: int, seed: int, gradient_checkpoin
             use_cpu=not on_cuda,
             gradient_checkpointing=gradient_checkpointing,
             use_vllm=label == "grpo-fast-vllm",
-            # as the demo has it: the longest prompt has 41 tokens
+            # as the demo has them: the longest prompt has 41 tokens
+            vllm_enable_sleep_mode=label == "grpo-fast-vllm",
             vllm_max_model_length=96 if label == "grpo-fast-vllm" else None,
             **JOB,
         )

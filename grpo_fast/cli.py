@@ -34,9 +34,9 @@ ENVIRONMENT = {
     # threads that spin while they wait starve each other on a busy machine
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
-    # a pack of new length compiles new matrix products, some 15 MB a step; the default keeps 1,024 of them
-    "LRU_CACHE_CAPACITY": "128",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    # matrix products are compiled for each length of a pack, some 15 of them of 0.7 MB each; the default keeps 1,024
+    "LRU_CACHE_CAPACITY": "24",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
