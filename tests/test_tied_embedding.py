@@ -88,6 +88,15 @@ def test_the_gradient_is_autograd_s(settings, num_lookups, runs):
     assert "forward" not in vars(model.embedding)
 
 
+def test_the_head_s_gradient_alone(runs):
+    model = Tied()
+    with joined_lookups(model, model.head), one_gradient():
+        hidden = model.embedding(IDS).detach()
+        nn.functional.linear(hidden, head_weight(model.head.weight)).sum().backward()
+    assert runs
+    assert torch.equal(model.embedding.weight.grad, hidden.reshape(-1, D).sum(0).expand(V, D))
+
+
 def test_a_retained_graph_gives_the_same_again():
     model = Tied()
     with joined_lookups(model, model.head):
@@ -229,6 +238,16 @@ def test_the_head_s_gradient_is_the_only_one():
         made[name] = gradients.num_made
     # of the rows, and the sum of both
     assert made == {"theirs": 2, "ours": 0}
+
+
+def test_several_lookups_add_to_the_same_gradient():
+    model = Tied(lookups=(IDS, IDS, IDS))
+    with joined_lookups(model, model.head):
+        out = model().sum()
+        with Gradients((V, D)) as gradients:
+            out.backward()
+    # the head's
+    assert gradients.num_made == 1
 
 
 class Gradients(Allocations):
