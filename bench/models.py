@@ -36,7 +36,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "LlamaConfig",
         SMOLLM2
         | {
-            "vocab_size": 16384,
+            "vocab_size": 4096,
             "hidden_size": 64,
             "intermediate_size": 192,
             "num_hidden_layers": 2,
@@ -45,7 +45,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "SmolLM2-135M": ("LlamaConfig", SMOLLM2),
-    "gemma-3-1b": (
+    "Gemma-3-1B": (
         "Gemma3TextConfig",
         TOKENS
         | {
