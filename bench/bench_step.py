@@ -66,6 +66,13 @@ def extra_info(case: Case, run: Measured) -> dict[str, Any]:
     }
 
 
+def line(label: str, case: Case, run: Measured) -> str:
+    """The figures for whoever watches."""
+    info = extra_info(case, run)
+    phases = ", ".join(f"{name} {seconds:.3g}" for name, seconds in info["phases_seconds"].items() if seconds)
+    return f"{case.shape}: {label} {run.tokens} tokens, {info['clock']} s: {phases}; {info['peak_mib']:.0f} MiB"
+
+
 def run_case(label: str, case: Case) -> Measured:
     """The measured step of one trainer, in a fresh process."""
     settings = {"gradient_checkpointing": case.gradient_checkpointing}
@@ -78,10 +85,12 @@ def run_case(label: str, case: Case) -> Measured:
 @pytest.mark.benchmark(group="step", timer=CHILD_CLOCK)
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("case", CUDA_CASES if torch.cuda.is_available() else CPU_CASES, ids=lambda case: case.profile)
-def bench_step(benchmark: Any, case: Case, label: str) -> None:
+def bench_step(benchmark: Any, capsys: Any, case: Case, label: str) -> None:
     if label in absent_peers():
         pytest.skip(f"{label}: {absent_peers()[label]}")
     run = run_case(label, case)
     # all but what hands out the rows
     parts = {name: sum(seconds) for name, seconds in run.phases.items() if name not in ("generation", "rewards")}
     record(benchmark, label=label, seconds=sum(parts.values()), **extra_info(case, run))
+    with capsys.disabled():
+        print(f"\n{line(label, case, run)}")

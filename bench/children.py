@@ -32,5 +32,7 @@ def absent_peers() -> dict[str, str]:
 
 def record(benchmark: Any, *, label: str, seconds: float, **extra_info: Any) -> None:
     """Give pytest-benchmark one measurement under a label, with what else is known about it."""
-    benchmark.extra_info.update({"label": label, "is_ours": label == "grpo-fast", "absent": absent_peers()} | extra_info)
+    benchmark.extra_info.update(
+        {"label": label, "is_ours": label == "grpo-fast", "absent": absent_peers()} | extra_info
+    )
     benchmark.pedantic(CHILD_CLOCK.advance, args=(seconds,))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 # lengths are multiples of this many tokens
 GRANULE = 64
 # a length is taken for the longest when one this much longer does not fit
 PRECISION = 0.02
-# guesses by a line through measured peaks, before the search only halves what is left
-MAX_GUESSES = 5
+# lengths that a line through measured peaks may choose, before the search only doubles and halves
+MAX_GUESSES = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +53,8 @@ class Found:
 def find_longest(measure: Callable[[int], Point], *, start: int, limit: int) -> Found:
     """Double from `start` until a length does not fit, then close in on the boundary to `PRECISION`.
 
-    What lies between is tried where a line through the measured peaks meets the budget, a little below it and then a
-    little above; by halves where there are no peaks. Where `start` does not fit, it is halved first.
+    Where a line through the measured peaks meets the budget, what is tried lies a little below that and then a little
+    above; where there are no peaks, in the middle. Where `start` does not fit, it is halved first.
 
     Args:
         measure: One length, a multiple of `GRANULE`.
@@ -68,55 +67,47 @@ def find_longest(measure: Callable[[int], Point], *, start: int, limit: int) -> 
     if not GRANULE <= start <= limit:
         raise ValueError(f"start must be between {GRANULE} and limit={limit}, got {start}")
     points: list[Point] = []
-
-    def try_length(length: int) -> bool:
-        points.append(measure(length))
-        return points[-1].fits
-
-    low, high = 0, 0
-    length, limit = _rounded(start), _rounded(limit)
+    # the longest that fits and the shortest that does not, 0 for none yet
+    low, high, length, limit = 0, 0, _down(start), _down(limit)
     while True:
-        if try_length(length):
+        points.append(measure(length))
+        if points[-1].fits:
             low = length
-            if high or low == limit:
-                break
-            length = min(2 * length, limit)
         else:
             high = length
-            if low or high == GRANULE:
-                break
-            length = max(_rounded(length / 2), GRANULE)
-    if not high:
-        return Found(points, is_bounded=False)
-    guesses = 0
-    while low and high - low > max(GRANULE, PRECISION * low):
-        guess = _guess(points, low, high) if guesses < MAX_GUESSES else None
-        guesses += 1
-        middle = _rounded((low + high) / 2) if guess is None else guess
-        if try_length(middle):
-            low = middle
-        else:
-            high = middle
-    return Found(points, is_bounded=True)
+        if low == limit or high == GRANULE:
+            break
+        if low and high and high - low <= max(GRANULE, PRECISION * low):
+            break
+        length = _next_length(points, low=low, high=high, limit=limit)
+    return Found(points, is_bounded=high > 0)
 
 
-def _rounded(length: float) -> int:
+def _next_length(points: list[Point], *, low: int, high: int, limit: int) -> int:
+    if not low:
+        return max(_down(high / 2), GRANULE)
+    boundary = _boundary(points) if len(points) <= MAX_GUESSES else None
+    above = high or min(2 * low, limit) + GRANULE
+    if boundary is not None:
+        for guess in (_down(boundary * (1 - PRECISION / 3)), _up(boundary * (1 + PRECISION / 3))):
+            if low < guess < above:
+                return guess
+    return _down((low + high) / 2) if high else min(2 * low, limit)
+
+
+def _boundary(points: list[Point]) -> float | None:
+    """The length that takes the budget, by a line through the two measured peaks that are nearest to it."""
+    known = sorted((abs(p.peak_mib - p.budget_mib), p.length, p.peak_mib) for p in points if p.peak_mib is not None)
+    if len(known) < 2:
+        return None
+    (_, left, left_peak), (_, right, right_peak) = known[:2]
+    slope = (right_peak - left_peak) / (right - left)
+    return left + (points[0].budget_mib - left_peak) / slope if slope > 0 else None
+
+
+def _down(length: float) -> int:
     return int(length) // GRANULE * GRANULE
 
 
-def _guess(points: list[Point], low: int, high: int) -> int | None:
-    """A length between `low` and `high` that decides most by what the peaks of the nearest two points promise."""
-    known = sorted((p.length, p.peak_mib, p.budget_mib) for p in points if p.peak_mib is not None)
-    # the pair around the boundary, or the last one below it
-    pairs = [(left, right) for left, right in pairwise(known) if left[0] <= low and left[0] < right[0]]
-    if not pairs:
-        return None
-    (left, left_peak, budget), (right, right_peak, _) = pairs[-1]
-    if right_peak <= left_peak:
-        return None
-    boundary = left + (right - left) * (budget - left_peak) / (right_peak - left_peak)
-    for share in (1 - PRECISION / 3, 1 + PRECISION / 3):
-        length = _rounded(boundary * share)
-        if low < length < high:
-            return length
-    return None
+def _up(length: float) -> int:
+    return -(-int(length) // GRANULE) * GRANULE

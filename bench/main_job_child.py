@@ -89,15 +89,23 @@ class Probe:
         """`method`, charged to `phase` while it runs."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._charge()
-            self._stack.append(phase)
+            self.enter(phase)
             try:
                 return method(*args, **kwargs)
             finally:
-                self._charge()
-                self._stack.pop()
+                self.leave()
 
         return call
+
+    def enter(self, phase: str) -> None:
+        """Charge to `phase` from here on."""
+        self._charge()
+        self._stack.append(phase)
+
+    def leave(self) -> None:
+        """Charge to the phase before the last `enter` again."""
+        self._charge()
+        self._stack.pop()
 
     def observed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """A rollout, with its prompts and completion tokens noted."""

@@ -118,10 +118,6 @@ class Step:
         step = self
 
         class Ends(TrainerCallback):
-            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-                # it exists, and is wrapped by accelerate, from here on
-                trainer.optimizer.step = step.probe.timed(trainer.optimizer.step, "optimizer")
-
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
                 # a trainer may run the model before the step, to see what it needs
                 step.passes[:] = [[]]
@@ -137,6 +133,12 @@ class Step:
                 return control
 
             on_step_end = on_substep_end
+
+            def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                step.probe.enter("optimizer")
+
+            def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                step.probe.leave()
 
         def count(module: Any, args: tuple[Any, ...]) -> None:
             self.passes[-1].append(args[0].numel())

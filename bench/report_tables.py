@@ -1,4 +1,4 @@
-"""The tables of a report: from pytest-benchmark's figures, and from the scripts' own files by the scripts' own tables."""
+"""The tables of a report: from pytest-benchmark's figures, and from the scripts' files by their own tables."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ COLUMNS: tuple[tuple[str, Cell], ...] = (
     ("TFLOP/s", lambda figure: _number(figure, "tflops", "{:.3g}")),
     ("GB/s", lambda figure: _number(figure, "gbps", "{:.3g}")),
     ("peak MiB", lambda figure: _number(figure, "peak_mib", "{:.1f}")),
-    ("/ memory's lower bound", lambda figure: _over(figure.number("peak_mib"), figure.number("memory_lower_bound_mib"))),
+    (
+        "/ memory's lower bound",
+        lambda figure: _over(figure.number("peak_mib"), figure.number("memory_lower_bound_mib")),
+    ),
     ("phases, s", lambda figure: _phases(figure.info.get("phases_seconds"))),
     ("largest error", lambda figure: _worst(figure.info.get("errors"))),
 )
@@ -176,7 +179,8 @@ def _main_job(content: dict[str, Any]) -> list[Table]:
 
 def _profiles(content: dict[str, Any]) -> list[Table]:
     counted, timed = (
-        [profiles_table.Measured(**run) for run in content[name] if isinstance(run, dict)] for name in ("counted", "timed")
+        [profiles_table.Measured(**run) for run in content[name] if isinstance(run, dict)]
+        for name in ("counted", "timed")
     )
     tables = from_markdown("tokens of one optimizer step at true lengths", profiles_table.tokens_table(counted))
     if timed:
@@ -189,7 +193,9 @@ def _tiles(content: dict[str, Any]) -> list[Table]:
     rows = []
     for line in content["lines"]:
         rate = line["amount"] / (line["ms"] / 1000) / (1e12 if line["unit"] == "TFLOP/s" else 1e9)
-        rows.append([line["what"], *(str(line[name]) for name in "RDVC"), f"{line['ms']:.4g}", f"{rate:.4g} {line['unit']}"])
+        rows.append(
+            [line["what"], *(str(line[name]) for name in "RDVC"), f"{line['ms']:.4g}", f"{rate:.4g} {line['unit']}"]
+        )
     return [Table("the parts of the head's sweep", ["", "R", "D", "V", "C", "ms", "rate"], rows)]
 
 

@@ -157,17 +157,18 @@ def _origin(path: Path, record: Mapping[str, Any], where: str = "") -> Origin:
         commit += f" ({path.name})"
     gpu = record.get("gpu")
     # the scripts have all three in one field: name, driver, limit
-    name, driver, watts = ([part.strip() for part in gpu.split(",")] + ["", ""])[:3] if isinstance(gpu, str) else ("",) * 3
+    parts = gpu.split(",") if isinstance(gpu, str) else []
+    name, driver, watts = ([part.strip() for part in parts] + ["", "", ""])[:3]
     driver = str(record.get("driver") or driver)
     watts = str(record.get("power_limit_w") or watts).removesuffix("W").strip()
-    parts = [
+    said = [
         name or _get(path, record, "cpu", str, where),
         f"{_get(path, record, 'cores', int, where)} cores",
         f"{_get(path, record, 'memory_mib', int, where)} MiB",
         *([f"driver {driver}"] if driver else []),
         *([f"{float(watts):g} W"] if watts.replace(".", "", 1).isdecimal() else []),
     ]
-    return Origin(commit=commit, machine=", ".join(parts))
+    return Origin(commit=commit, machine=", ".join(said))
 
 
 def _versions(path: Path, record: Mapping[str, Any], where: str = "") -> dict[str, str]:

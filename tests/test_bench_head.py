@@ -1,10 +1,8 @@
-"""The LM head's bench: its data, its truth, every provider against it, its table, and the script for a GPU."""
+"""The LM head's bench: its data, its truth, every provider against it, and its table."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from bench import head_child as child
 from bench import head_providers as providers
 from bench import head_table as table
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
 SIZES = {"N": 48, "D": 32, "V": 700}
 
 # fp32 sums of 700 terms
@@ -256,25 +253,3 @@ def test_rates_are_amounts_over_time():
     sizes = {"R": 1, "D": 1, "V": 1, "C": 1}
     assert tiles.Line("product", **sizes, ms=2.0, amount=4e12, unit="TFLOP/s").rate == 2000
     assert tiles.Line("pass", **sizes, ms=2.0, amount=4e9, unit="GB/s").rate == 2000
-
-
-def gpu_check(*options, **environment):
-    command = ["bash", str(BENCH / "gpu_check.sh"), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
-
-
-def test_the_gpu_script_fits_its_time():
-    steps = [line.split()[:2] for line in gpu_check("--list").stdout.splitlines()]
-    assert [name for name, _ in steps][:5] == ["tests", "offline", "products", "passes", "fused"]
-    assert sum(int(limit) for _, limit in steps) <= 25 * 60
-
-
-def test_the_gpu_script_goes_on_after_a_failure(tmp_path):
-    done = gpu_check(str(tmp_path), "rows", "frozen", PYTHON="false")
-    assert done.returncode == 1
-    summary = (tmp_path / "summary.txt").read_text()
-    assert [line.split()[0] for line in summary.splitlines()] == ["rows", "frozen"]
-    assert summary.count("failed") == 2
-    done = gpu_check(str(tmp_path), "rows", "frozen", PYTHON="true")
-    assert done.returncode == 0
-    assert (tmp_path / "summary.txt").read_text().count(" ok") == 2
