@@ -63,7 +63,7 @@ def measure(label: str, case: Case, length: int) -> Point:
 
 @pytest.mark.benchmark(group="longest sequence", timer=CHILD_CLOCK)
 @pytest.mark.parametrize("label", LABELS)
-def bench_longest_sequence(benchmark: Any, capsys: Any, label: str) -> None:
+def bench_longest_sequence(benchmark: Any, capfd: Any, label: str) -> None:
     if label in absent_peers():
         pytest.skip(f"{label}: {absent_peers()[label]}")
     case = CUDA_CASE if torch.cuda.is_available() else CPU_CASE
@@ -86,6 +86,6 @@ def bench_longest_sequence(benchmark: Any, capsys: Any, label: str) -> None:
         published=PUBLISHED if case is CUDA_CASE else None,
         points=[asdict(point) for point in found.points],
     )
-    with capsys.disabled():
+    with capfd.disabled():
         most = "" if found.is_bounded else " or more"
         print(f"\n{case.shape}: {label} {longest.length}{most} tokens, {longest.peak_mib:.0f} MiB at its peak")

@@ -85,12 +85,12 @@ def run_case(label: str, case: Case) -> Measured:
 @pytest.mark.benchmark(group="step", timer=CHILD_CLOCK)
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize("case", CUDA_CASES if torch.cuda.is_available() else CPU_CASES, ids=lambda case: case.profile)
-def bench_step(benchmark: Any, capsys: Any, case: Case, label: str) -> None:
+def bench_step(benchmark: Any, capfd: Any, case: Case, label: str) -> None:
     if label in absent_peers():
         pytest.skip(f"{label}: {absent_peers()[label]}")
     run = run_case(label, case)
     # all but what hands out the rows
     parts = {name: sum(seconds) for name, seconds in run.phases.items() if name not in ("generation", "rewards")}
     record(benchmark, label=label, seconds=sum(parts.values()), **extra_info(case, run))
-    with capsys.disabled():
+    with capfd.disabled():
         print(f"\n{line(label, case, run)}")

@@ -11,26 +11,31 @@ from bench import bench_memory, longest, memory_child, models, shapes
 from bench.longest import GRANULE, PRECISION, Point, find_longest
 
 
-def curve(*, slope, fixed=0.0, square=0.0, budget=1000.0, shows_peaks=True):
-    """A measure function; what does not fit shows its peak on a CPU, and none on a GPU that ran out."""
+def curve(*, slope, fixed=0.0, square=0.0, budget=1000.0, shown="all"):
+    """A measure function; what does not fit has a peak on a CPU ("all"), and none on a GPU that ran out ("fitting")."""
     asked = []
 
     def measure(length):
         asked.append(length)
         peak = fixed + slope * length + square * length**2
         fits = peak <= budget
-        return Point(length=length, fits=fits, budget_mib=budget, peak_mib=peak if fits or shows_peaks else None)
+        return Point(
+            length=length,
+            fits=fits,
+            budget_mib=budget,
+            peak_mib=peak if shown == "all" or (fits and shown == "fitting") else None,
+        )
 
     return measure, asked
 
 
-@pytest.mark.parametrize("shows_peaks", [True, False])
+@pytest.mark.parametrize("shown", ["all", "fitting", "none"])
 @pytest.mark.parametrize("start", [64, 1024, 20_000, 300_000])
 @pytest.mark.parametrize(
     "memory", [{"slope": 0.05, "fixed": 100.0}, {"slope": 0.001, "square": 1e-6}], ids=["line", "curve"]
 )
-def test_the_boundary_is_found_to_two_percent(memory, start, shows_peaks):
-    measure, asked = curve(**memory, shows_peaks=shows_peaks)
+def test_the_boundary_is_found_to_two_percent(memory, start, shown):
+    measure, asked = curve(**memory, shown=shown)
     found = find_longest(measure, start=start, limit=1_000_000)
     fits = [point.length for point in found.points if point.fits]
     too_long = [point.length for point in found.points if not point.fits]
@@ -42,13 +47,13 @@ def test_the_boundary_is_found_to_two_percent(memory, start, shows_peaks):
 
 
 def test_peaks_save_measurements():
-    steps = {}
-    for shows_peaks in (True, False):
-        measure, asked = curve(slope=0.05, fixed=100.0, shows_peaks=shows_peaks)
+    counts = {}
+    for shown in ("all", "fitting", "none"):
+        measure, asked = curve(slope=0.05, fixed=100.0, shown=shown)
         find_longest(measure, start=4096, limit=1_000_000)
-        steps[shows_peaks] = len(asked)
-    assert steps[True] == 5
-    assert steps[False] == 8
+        counts[shown] = len(asked)
+    # without peaks: 4096, twice 2, and halves of 16384 to 2 %
+    assert counts == {"all": 5, "fitting": 5, "none": 10}
 
 
 def test_a_limit_ends_the_search():
