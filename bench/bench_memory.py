@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bench.bench_main_job import child_environment
-from bench.children import CHILD_CLOCK, LABELS, absent_peers, record
+from bench.children import CHILD_CLOCK, LABELS, absent_peers, make_room, record
 from bench.longest import Point, find_longest
 from bench.models import num_layers
 
@@ -67,6 +67,7 @@ def bench_longest_sequence(benchmark: Any, capfd: Any, label: str) -> None:
     if label in absent_peers():
         pytest.skip(f"{label}: {absent_peers()[label]}")
     case = CUDA_CASE if torch.cuda.is_available() else CPU_CASE
+    make_room()
     found = find_longest(lambda length: measure(label, case, length), start=case.start[label], limit=case.limit)
     longest = found.longest
     assert longest is not None, f"nothing fits into {case.budget_mib:g} MiB"

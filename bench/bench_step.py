@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.bench_profiles import run_child
-from bench.children import CHILD_CLOCK, LABELS, absent_peers, record
+from bench.children import CHILD_CLOCK, LABELS, absent_peers, make_room, record
 from bench.models import num_layers
 from bench.profile_rows import PROFILES
 from bench.profiles_table import Measured
@@ -88,6 +88,7 @@ def run_case(label: str, case: Case) -> Measured:
 def bench_step(benchmark: Any, capfd: Any, case: Case, label: str) -> None:
     if label in absent_peers():
         pytest.skip(f"{label}: {absent_peers()[label]}")
+    make_room()
     run = run_case(label, case)
     # all but what hands out the rows
     parts = {name: sum(seconds) for name, seconds in run.phases.items() if name not in ("generation", "rewards")}

@@ -98,6 +98,8 @@ def test_a_step_that_hangs_is_stopped_and_the_rest_has_no_time(tmp_path):
     done = gpu_run(out, "offline", "adamw", PYTHON=make_stub(tmp_path, hangs="offline"), BUDGET="5")
     assert done.returncode == 1
     assert summary(out) == {"offline": "out of time", "adamw": "no time left"}
+    # the budget ends it, long before the step's own limit
+    assert int((out / "summary.txt").read_text().split()[1]) < 20
 
 
 def test_a_second_run_does_what_the_first_did_not(tmp_path):
