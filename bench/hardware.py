@@ -1,6 +1,6 @@
 """The machine behind a figure: what it is, in what state it is, and the most it could do.
 
-Peaks are for dense products with fp32 sums. `PUBLISHED` is from the vendor's data sheets; what is not in it is measured.
+Peaks are for dense products with fp32 sums. `PUBLISHED` is from the vendor's data sheets; other devices are measured.
 """
 
 from __future__ import annotations

@@ -197,9 +197,19 @@ def _warmed_up(label: str, step: Step, before: Step | None, device: torch.device
         peak_mib = memory.extra_mib()
     except Exception as error:
         return _failed(label, error, device)
-    wanted = math.ceil(MIN_SAMPLE_S[device.type] / seconds) if seconds > 0 else MAX_ITERATIONS
-    iterations = 1 if before is not None else min(max(wanted, 1), MAX_ITERATIONS)
+    iterations = _iterations(seconds, device)
+    if before is not None:
+        iterations = 1
+    elif iterations > 1:
+        # that run touched memory for the first time
+        iterations = _iterations(timer(step, iterations) / iterations, device)
     return Measurement(label=label, iterations=iterations, peak_mib=peak_mib)
+
+
+def _iterations(seconds: float, device: torch.device) -> int:
+    """Runs of so many seconds that make a sample."""
+    wanted = MIN_SAMPLE_S[device.type] / seconds if seconds > 0 else MAX_ITERATIONS
+    return min(math.ceil(wanted), MAX_ITERATIONS)
 
 
 def _sampled(so_far: Measurement, step: Step, before: Step | None, timer: Timer) -> Measurement:
