@@ -116,6 +116,11 @@ if [ "$mode" != list ]; then
     [ -z "${WHEELS:-}" ] || install "$WHEELS"
 fi
 bench=("$python" -m pytest -q -p no:cacheprovider)
+tests=("$python" -m pytest -q -p no:cacheprovider -m "not slow" --maxfail=40)
+# most of the tests' time is Triton's, compiling
+if [ "$mode" != list ] && modules xdist; then
+    tests+=(-n 6 --dist loadfile)
+fi
 
 # The machine: every figure is read beside it.
 step machine 30 "$python" -c 'import json; from bench.hardware import machine; print(json.dumps(machine(), indent=1))'
@@ -124,14 +129,14 @@ step machine 30 "$python" -c 'import json; from bench.hardware import machine; p
 # Nothing below may be quoted before this: do the kernels compile with this Triton, and are they right on this device?
 # Kernels and packed attention first: all else rests on them.
 step offline 45 "$python" -m grpo_kernels.offline
-needs=pytest step tests-kernels 130 "$python" -m pytest -q -p no:cacheprovider --maxfail=40 -m "not slow" tests/kernels \
-    tests/test_attention.py tests/test_shared_keys.py tests/test_memory.py tests/test_free_memory.py
+needs=pytest step tests-kernels 130 "${tests[@]}" tests/kernels tests/test_attention.py \
+    tests/test_shared_keys.py tests/test_memory.py tests/test_free_memory.py
 # What the project is for: a whole step against TRL's. The two profiles on which it gains least and most.
 needs="pytest_benchmark datasets" step step 110 "${bench[@]}" bench/bench_step.py -k "math or rag" \
     --benchmark-json "$out/step.json"
-# The kernel that this rests on, against every peer, at the largest head.
+# The kernel that this rests on, against every peer, at the largest head: scoring, training, training with a frozen head.
 needs=pytest_benchmark step head 120 "${bench[@]}" bench/bench_training.py bench/bench_scoring.py \
-    --shape Qwen3-8B/8192 --benchmark-json "$out/head.json"
+    --shape Qwen3-8B/8192 --data peaked --data random --budget 4 --benchmark-json "$out/head.json"
 # The other promise: longer sequences. Ours first, since TRL has published its own figure.
 needs="pytest_benchmark datasets" step memory 130 "${bench[@]}" bench/bench_memory.py -k grpo-fast \
     --benchmark-json "$out/memory.json"
@@ -144,20 +149,19 @@ step passes 40 "$python" -m bench.bench_tiles passes --depths 4096 --out "$out/p
 step fused 110 "$python" -m bench.bench_tiles fused --out "$out/fused.json"
 # What a step runs: optimizer, waits for the device, plans of memory and packs.
 step adamw 20 "$python" -m bench.bench_adamw --model Qwen3-0.6B --repeats 50 --out "$out/adamw.json"
-needs="pytest datasets" step tests-trainer 100 "$python" -m pytest -q -p no:cacheprovider --maxfail=40 -m "not slow" \
-    tests/test_trainer.py tests/test_packing.py tests/test_windows.py tests/test_activations.py \
+needs="pytest datasets" step tests-trainer 100 "${tests[@]}" tests/test_trainer.py tests/test_packing.py tests/test_windows.py tests/test_activations.py \
     tests/test_memory_planning.py tests/test_synchronisation.py tests/test_compile.py tests/test_trl_parity.py
 # One copy of the weights.
-needs="pytest vllm datasets" step tests-vllm 120 "$python" -m pytest -q -p no:cacheprovider --maxfail=10 \
+needs="pytest vllm datasets" step tests-vllm 120 "$python" -m pytest -q -p no:cacheprovider -m "not slow" --maxfail=10 \
     tests/test_shared_weights.py tests/test_vllm_sleep.py tests/test_vllm_life.py tests/test_truncated_support.py
 # The other profiles, longest last.
 needs="pytest_benchmark datasets" step step-rest 150 "${bench[@]}" bench/bench_step.py -k "cot or agent or r1" \
     --benchmark-json "$out/step_rest.json"
 # The remaining kernels, the other heads, random hidden states.
 needs=pytest_benchmark step kernels 120 "${bench[@]}" bench/bench_policy_loss.py bench/bench_attention.py \
-    --benchmark-json "$out/kernels.json"
+    --budget 4 --benchmark-json "$out/kernels.json"
 needs=pytest_benchmark step head-rest 95 "${bench[@]}" bench/bench_training.py --shape Qwen3-1.7B/16384 \
-    --shape Qwen2.5-1.5B/32768 --shape Llama-3.1-8B/8192 --shape Gemma-3-1B/16384 --benchmark-json "$out/head_rest.json"
+    --shape Qwen2.5-1.5B/32768 --shape Llama-3.1-8B/8192 --shape Gemma-3-1B/16384 --budget 3 --benchmark-json "$out/head_rest.json"
 # What bounds a pass, a fused product and a gradient product.
 program=ncu step counters 30 ncu --clock-control none --print-summary per-kernel \
     --kernel-name 'regex:_exp_tile_kernel|_fused_exp_kernel|nvjet|gemm|cutlass' \

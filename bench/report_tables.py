@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench import head_table, main_job_table, profiles_table
-from bench.head_child import Run as HeadRun
+from bench import main_job_table, profiles_table
 from bench.results_file import BadResult, Figure, ResultFile
 
 Row = list[str]
@@ -153,20 +152,6 @@ def from_markdown(title: str, text: str) -> list[Table]:
     return tables
 
 
-def _head(content: dict[str, Any]) -> list[Table]:
-    tables = []
-    for fields in content["results"]:
-        runs = [HeadRun(**run) for run in fields["runs"]]
-        result = head_table.Result(**fields | {"runs": runs, "shape": tuple(fields["shape"])})
-        tables += from_markdown("the LM head with the GRPO loss", head_table.markdown(result))
-    absent = [f"{label} absent: {reason}" for label, reason in content["absent"].items() if reason]
-    return [*tables[:-1], _with_notes(tables[-1], absent)] if tables else []
-
-
-def _with_notes(table: Table, notes: list[str]) -> Table:
-    return Table(table.title, table.head, table.rows, (*table.notes, *notes))
-
-
 def _main_job(content: dict[str, Any]) -> list[Table]:
     runs = [
         main_job_table.Run(**run | {"steps": [main_job_table.Step(**step) for step in run["steps"]]})
@@ -208,7 +193,6 @@ def _adamw(content: dict[str, Any]) -> list[Table]:
 
 
 SCRIPTS: dict[str, Callable[[dict[str, Any]], list[Table]]] = {
-    "bench_head": _head,
     "bench_main_job": _main_job,
     "bench_profiles": _profiles,
     "bench_tiles": _tiles,

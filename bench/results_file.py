@@ -87,7 +87,6 @@ class ResultFile:
 
 # what tells the scripts' files apart: all of these fields are in it
 KINDS = {
-    "bench_head": ("absent", "results"),
     "bench_main_job": ("runs", "seed"),
     "bench_profiles": ("counted", "timed"),
     "bench_tiles": ("lines",),
