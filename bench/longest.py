@@ -11,6 +11,8 @@ GRANULE = 64
 PRECISION = 0.02
 # lengths that a line through measured peaks may choose, before the search only doubles and halves
 MAX_GUESSES = 7
+# the least ratio of two lengths through whose peaks it is drawn
+APART = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +98,18 @@ def _next_length(points: list[Point], *, low: int, high: int, limit: int) -> int
 
 
 def _boundary(points: list[Point]) -> float | None:
-    """The length that takes the budget, by a line through the two measured peaks that are nearest to it."""
+    """The length that takes the budget, by a line through the peak nearest to it and the next one of another length."""
     known = sorted((abs(p.peak_mib - p.budget_mib), p.length, p.peak_mib) for p in points if p.peak_mib is not None)
-    if len(known) < 2:
+    if not known:
         return None
-    (_, left, left_peak), (_, right, right_peak) = known[:2]
-    slope = (right_peak - left_peak) / (right - left)
-    return left + (points[0].budget_mib - left_peak) / slope if slope > 0 else None
+    _, near, near_peak = known[0]
+    # peaks scatter: those of much the same length make no line
+    others = [(length, peak) for _, length, peak in known if max(near, length) >= APART * min(near, length)]
+    if not others:
+        return None
+    other, other_peak = others[0]
+    slope = (other_peak - near_peak) / (other - near)
+    return near + (points[0].budget_mib - near_peak) / slope if slope > 0 else None
 
 
 def _down(length: float) -> int:

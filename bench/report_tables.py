@@ -71,12 +71,15 @@ def _case_table(figures: list[Figure]) -> Table:
     # of several of ours, the default: the first
     ours = next((figure for figure in figures if figure.is_ours), None)
     columns = [(name, cell) for name, cell in COLUMNS if any(cell(figure) for figure in figures)]
-    head = ["", "median s (quartiles, rounds)", *([] if ours is None else ["/ ours"]), *(name for name, _ in columns)]
+    # what is compared: seconds, unless a figure of more worth is named
+    compared = figures[0].info.get("compared", "seconds")
+    against = "/ ours" if compared == "seconds" else f"{compared} / ours"
+    head = ["", "median s (quartiles, rounds)", *([] if ours is None else [against]), *(name for name, _ in columns)]
     rows = []
     for figure in figures:
         first, third = figure.quartiles
         time = f"{figure.median:.4g} ({first:.4g} - {third:.4g}, {figure.rounds})"
-        ratio = [] if ours is None else [_over(figure.median, ours.median)]
+        ratio = [] if ours is None else [_over(_value(figure, compared), _value(ours, compared))]
         rows.append([figure.label, time, *ratio, *(cell(figure) for _, cell in columns)])
     shown = {figure.label for figure in figures}
     why = {
@@ -106,6 +109,10 @@ def _notes(figures: list[Figure]) -> tuple[str, ...]:
 def _number(figure: Figure, name: str, form: str) -> str:
     value = figure.number(name)
     return "" if value is None else form.format(value)
+
+
+def _value(figure: Figure, compared: str) -> float | None:
+    return figure.median if compared == "seconds" else figure.number(compared)
 
 
 def _over(value: float | None, other: float | None) -> str:

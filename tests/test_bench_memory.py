@@ -56,6 +56,21 @@ def test_peaks_save_measurements():
     assert counts == {"all": 5, "fitting": 5, "none": 10}
 
 
+def test_peaks_that_scatter_cost_little():
+    asked = []
+
+    def measure(length):
+        asked.append(length)
+        # steps of 6 MiB up and down
+        peak = 34.0 + 0.0072 * length + (6.0 if length // GRANULE % 2 else 0.0)
+        return Point(length=length, fits=peak <= 96.0, budget_mib=96.0, peak_mib=peak)
+
+    found = find_longest(measure, start=4096, limit=16_384)
+    assert len(asked) <= 7
+    # either peak of that length could have been
+    assert 7700 < found.longest.length < 8700
+
+
 def test_a_limit_ends_the_search():
     measure, asked = curve(slope=0.0)
     found = find_longest(measure, start=1000, limit=3000)

@@ -78,12 +78,17 @@ def test_steps_show_their_phases_and_sequences_what_is_published(tmp_path):
         "step.json",
         [
             make_benchmark("ours", 3.0, op="step", shape="rag", phases_seconds=phases, tokens=1500, clock="wall"),
-            make_benchmark("ours", 3.0, op="longest sequence", shape="Gemma", tokens=200_000, published=published),
+            make_benchmark(
+                "ours", 3.0, op="longest sequence", shape="G", tokens=8000, published=published, compared="tokens"
+            ),
+            make_benchmark("trl", 1.0, op="longest sequence", shape="G", tokens=2000, compared="tokens"),
         ],
     )
     step, memory = tables_of(read_result(path))
     assert step.rows == [["ours", "3 (2.7 - 3.3, 7)", "1.00", "1500", "train 1, backward 2"]]
     assert step.notes == ("clock: wall",)
+    assert memory.head == ["", "median s (quartiles, rounds)", "tokens / ours", "tokens"]
+    assert [row[2:] for row in memory.rows] == [["1.00", "8000"], ["0.25", "2000"]]
     assert memory.notes == ("published by others, another run: TRL 1.15: 114688 tokens, https://example.org",)
 
 
