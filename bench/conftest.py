@@ -55,6 +55,12 @@ def device_of(config: pytest.Config) -> torch.device:
     return torch.device(config.option.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def rounds_of(config: pytest.Config) -> Rounds:
+    """As asked for; `Rounds.least` gives way to a smaller `--rounds`."""
+    most = config.option.rounds
+    return Rounds(least=min(Rounds.least, most), most=most, budget_s=config.option.budget)
+
+
 def absent_of(op: Op, config: pytest.Config) -> dict[str, str]:
     """Why variants of an op do not run, by label."""
     on_cuda, asked = device_of(config).type == "cuda", config.option.variant
@@ -112,7 +118,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
                 _selected(request.session, case),
                 absent=absent,
                 device=device,
-                rounds=Rounds(most=request.config.option.rounds, budget_s=request.config.option.budget),
+                rounds=rounds_of(request.config),
                 is_timed=benchmark.enabled,
             )
         result = outcomes[case]
