@@ -122,8 +122,12 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Case, s
                 is_timed=benchmark.enabled,
             )
         result = outcomes[case]
-        if label in result.failures:
-            pytest.fail(result.failures[label], pytrace=False)
+        failure = result.failures.get(label)
+        if failure is not None and failure.startswith("OutOfMemoryError") and not op.providers[label].is_ours:
+            # what a peer needs more of than there is says something about it, and nothing about us
+            pytest.skip(f"{label}: {failure}")
+        if failure is not None:
+            pytest.fail(failure, pytrace=False)
         if benchmark.enabled:
             benchmark.group = f"{op.name} {case}"
             benchmark.extra_info.update(extra_info(op, result, label))

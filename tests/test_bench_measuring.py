@@ -42,6 +42,12 @@ def test_variants_take_turns_and_who_begins_changes():
     assert clock.ran == [*"aabbcc", *"abc", *"bca", *"cab"]
 
 
+def test_every_copy_of_the_inputs_is_warmed_up():
+    clock = Clock({"a": 1.0, "b": 2.0})
+    clock.measure(warmups=3, rounds=Rounds(least=1, most=1))
+    assert clock.ran == [*"aaaabbbb", *"ab"]
+
+
 def test_samples_are_of_one_run():
     found = Clock({"slow": 1.0, "fast": 2**-10}).measure(rounds=Rounds(least=2, most=2))
     assert found["slow"].seconds == [1.0, 1.0]
