@@ -32,9 +32,10 @@ class Entry:
         return self.info["op"], self.info["shape"], self.info["dtype"], self.info["data"]
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """Those of the kernel benches in a file that `--benchmark-json` or `--benchmark-save` wrote."""
-    return entries_of(json.loads(path.read_text())["benchmarks"])
+def read_json(path: Path) -> dict[str, Any]:
+    """What `--benchmark-json` or `--benchmark-save` wrote; the kernel benches add `machine`."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def entries_of(benchmarks: Iterable[dict[str, Any]]) -> list[Entry]:

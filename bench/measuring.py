@@ -150,6 +150,7 @@ def measure(
     *,
     device: torch.device,
     before: Mapping[str, Step] | None = None,
+    warmups: int = 1,
     rounds: Rounds | None = None,
     timer: Timer | None = None,
     now: Callable[[], float] = time.perf_counter,
@@ -160,6 +161,8 @@ def measure(
         variants: The steps by label. One that raises is reported as such and not run again.
         device: Whose clock and memory count.
         before: What is run before a variant's step and not timed; such a variant makes one run a sample.
+        warmups: Runs before anything is measured: one compiles and tunes; as many as there are copies of the inputs
+            make what is kept beside each of them.
         rounds: How many.
         timer: Instead of the device's.
         now: What `rounds.budget_s` is read from.
@@ -168,7 +171,9 @@ def measure(
         By label, in the order of `variants`.
     """
     before, rounds, timer = before or {}, rounds or Rounds(), timer or timer_of(device)
-    found = {label: _warmed_up(label, step, before.get(label), device, timer) for label, step in variants.items()}
+    found = {
+        label: _warmed_up(label, step, before.get(label), device, timer, warmups) for label, step in variants.items()
+    }
     started, order = now(), list(variants)
     for done in range(rounds.most):
         if done >= rounds.least and now() - started >= rounds.budget_s:
@@ -180,8 +185,10 @@ def measure(
     return found
 
 
-def _warmed_up(label: str, step: Step, before: Step | None, device: torch.device, timer: Timer) -> Measurement:
-    """Two runs: one that compiles and tunes, one for memory and for how many runs a sample needs."""
+def _warmed_up(
+    label: str, step: Step, before: Step | None, device: torch.device, timer: Timer, warmups: int
+) -> Measurement:
+    """After the warm-up, a run for memory and for how many runs a sample needs."""
 
     def run() -> float:
         if before is not None:
@@ -189,21 +196,27 @@ def _warmed_up(label: str, step: Step, before: Step | None, device: torch.device
         return timer(step, 1)
 
     try:
-        run()
+        for _ in range(warmups):
+            run()
         if before is not None:
             before()
         memory = Memory(device)
         seconds = timer(step, 1)
         peak_mib = memory.extra_mib()
     except Exception as error:
-        return _failed(label, error, device)
-    iterations = _iterations(seconds, device)
-    if before is not None:
-        iterations = 1
-    elif iterations > 1:
-        # that run touched memory for the first time
-        iterations = _iterations(timer(step, iterations) / iterations, device)
-    return Measurement(label=label, iterations=iterations, peak_mib=peak_mib)
+        failure = Measurement(label=label, error=_message(error))
+    else:
+        iterations = _iterations(seconds, device)
+        if before is not None:
+            iterations = 1
+        elif iterations > 1:
+            # that run touched memory for the first time
+            iterations = _iterations(timer(step, iterations) / iterations, device)
+        return Measurement(label=label, iterations=iterations, peak_mib=peak_mib)
+    if device.type == "cuda":
+        # here, where no frame of the failed run holds a tensor
+        torch.cuda.empty_cache()
+    return failure
 
 
 def _iterations(seconds: float, device: torch.device) -> int:
@@ -221,12 +234,6 @@ def _sampled(so_far: Measurement, step: Step, before: Step | None, timer: Timer)
         return Measurement(label=so_far.label, error=_message(error))
     so_far.seconds.append(seconds)
     return so_far
-
-
-def _failed(label: str, error: Exception, device: torch.device) -> Measurement:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return Measurement(label=label, error=_message(error))
 
 
 def _message(error: Exception) -> str:

@@ -102,16 +102,17 @@ class OpSteps:
     """The steps of a case's providers on inputs that rotate past the GPU's cache.
 
     Attributes:
+        copies: Of the inputs.
         steps: By label.
         before: What comes before each step and is not timed; empty where steps leave nothing behind.
     """
 
     def __init__(self, op: Op, case: Case, labels: Sequence[str], device: torch.device) -> None:
         self._first = op.make(case, device)
-        copies = copies_needed(operand_bytes(self._first), device)
+        self.copies = copies_needed(operand_bytes(self._first), device)
         # the first copy exists already: it says how large they are
         made = iter([self._first])
-        self._rotation: Rotation[Any] = Rotation(lambda: next(made, None) or op.make(case, device), copies)
+        self._rotation: Rotation[Any] = Rotation(lambda: next(made, None) or op.make(case, device), self.copies)
         self._current = self._first
         self._op = op
         providers = {label: op.providers[label] for label in labels}
@@ -145,7 +146,7 @@ def time_steps(
 ) -> dict[str, Measurement]:
     """Time the providers in turn."""
     inputs = OpSteps(op, case, labels, device)
-    return measure(inputs.steps, device=device, before=inputs.before, rounds=rounds)
+    return measure(inputs.steps, device=device, before=inputs.before, warmups=inputs.copies, rounds=rounds)
 
 
 def extra_info(op: Op, result: CaseResult, label: str) -> dict[str, object]:
