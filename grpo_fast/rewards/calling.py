@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,17 +128,3 @@ def _raising_row(function: Callable[..., Any], batch: RewardCall) -> int | None:
         except Exception:
             return row
     return None
-
-
-def callable_name(function: Any) -> str:
-    """A function's name in the metrics: that of the function inside a `partial`, or of an object's class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-def is_async(function: Any) -> bool:
-    """Whether calling `function` gives a coroutine, also through `partial` and callable objects."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - the method is inspected, not tested for
