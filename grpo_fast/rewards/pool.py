@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo_fast.rewards.marks import callable_name
 from grpo_fast.rewards.worker import COMMAND, FORK, KILL, LENGTH, QUIT
 
 # imports of the nursery, and of a user's function in a worker; a cold disk and torch take long
@@ -305,7 +306,7 @@ def pickle_function(function: Callable[..., Any]) -> bytes:
     Raises:
         ValueError: If it is of the running script, a lambda or otherwise not importable.
     """
-    name = getattr(function, "__qualname__", None) or repr(function)
+    name = callable_name(function)
     try:
         pickled = pickle.dumps(function)
     except Exception as error:

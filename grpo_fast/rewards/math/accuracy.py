@@ -10,7 +10,7 @@ from grpo_fast.rewards.marks import DROP
 from grpo_fast.rewards.math.extraction import PLACES, Place
 from grpo_fast.rewards.pool import Outcome, WorkerPool
 
-Result: TypeAlias = float | None | Literal["drop"]
+Result: TypeAlias = float | Literal["drop"] | None
 
 GOLD_COLUMNS = ("solution", "answer", "gold", "ground_truth", "target")
 # address space of a worker; sympy and its parsers need an eighth of it
@@ -95,13 +95,12 @@ class Accuracy:
     ) -> list[float | None]:
         """One reward a completion, as TRL calls it; `DROP` among them is NaN to those who do not know it."""
         golds = self.golds(columns)
-        items = [
-            (gold, completion_text(text), *self._settings) for gold, text in zip(golds, completions, strict=True)
-        ]
+        items = [(gold, completion_text(text), *self._settings) for gold, text in zip(golds, completions, strict=True)]
         outcomes = self.pool().run(_function("grade"), items, timeout_s=self._timeout)
         graded = [_status(outcome) for outcome in outcomes]
-        for status in STATUSES if log_metric is not None and graded else ():
-            log_metric(f"rewards/{self.__name__}/{status}", sum(s == status for s, _ in graded) / len(graded))
+        if log_metric is not None and graded:
+            for status in STATUSES:
+                log_metric(f"rewards/{self.__name__}/{status}", sum(s == status for s, _ in graded) / len(graded))
         if log_extra is not None:
             log_extra(f"{self.__name__}_answer", [answer for _, answer in graded])
             log_extra(f"{self.__name__}_outcome", [status for status, _ in graded])
@@ -182,9 +181,7 @@ def _status(outcome: Outcome) -> tuple[str, str]:
 
 @functools.cache
 def _pool(workers: int | None) -> WorkerPool:
-    return WorkerPool(
-        preload=["math_verify", "grpo_fast.rewards.math.grading"], memory_bytes=MEMORY_BYTES, workers=workers
-    )
+    return WorkerPool(preload=["grpo_fast.rewards.math.warm"], memory_bytes=MEMORY_BYTES, workers=workers)
 
 
 @functools.cache

@@ -162,7 +162,7 @@ def _list(text: str, parts: list[str]) -> Answer:
     items = _read_all(parts)
     names = {item.variable for item in items if item.variable}
     if items[0].variable and not any(item.variable for item in items[1:]):
-        # x = 1, 2
+        # the name stands once for all of a list
         items = tuple(replace(item, variable=items[0].variable) for item in items)
     variable = names.pop() if len(names) == 1 else ""
     return Answer("list", text=text, items=items, variable=variable)

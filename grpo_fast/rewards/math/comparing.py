@@ -4,8 +4,8 @@ r"""Which answers are equal. The table; each line is tested (`tests/rewards_corp
 |---|---|---|
 | any | the same text, in any spelling of LaTeX, unicode digits and symbols | |
 | number `1/2` | `0.5`, `\frac12`, `2/4`, `\frac{2}{4}`, `50\%` | `.5000001` (beyond the tolerance) |
-| decimal | an exact value within 1e-6 of the gold value, relatively: `1.414214` is `\sqrt2` | `3.1416` is not `\pi`; nothing but 0 is near 0 |
-| `1000` | `1,000`, `1{,}000`, `1\,000`, `1 000`, `1e3`, `10^3`, `1\times10^3`, `1000.0` | `1.000`, `1,00` |
+| decimal | what is within 1e-6 of the gold value, relatively: `1.414214` is `\sqrt2` | `3.1416` is not `\pi`; nothing but 0 is near 0 |
+| `1000` | `1,000`, `1{,}000`, `1\,000`, `1 000`, `1e3`, `10^3`, `1000.0` | `1.000`, `1,00` |
 | `\frac32` | `1\frac12`, `1 1/2`, `1.5` | |
 | percent `50\%` | `50%`, `50 percent`, `0.5`, `1/2`, and `50`: a question asks for percent | `5000%`, `0.5%` |
 | unit `10 cm` | `10`, `10\text{ cm}`, `10 centimeters`, `0.1 m` | `10 m`, `10 \text{cm}^2`, `10 apples` |

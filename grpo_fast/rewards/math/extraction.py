@@ -3,8 +3,8 @@ r"""Where the final answer of a completion stands.
 Only the text after the last `</think>` counts; a thought that was begun again and not ended leaves none. In it, the
 first of these that there is:
 
-1. `boxed`: the last `\boxed{...}` or `\fbox{...}` that is closed and not empty. Boxes before it do not count. A box in a
-   box is its content.
+1. `boxed`: the last `\boxed{...}` or `\fbox{...}` that is closed and not empty. Boxes before it do not count. A box in
+   a box is its content.
 2. `tag`: what is in the last `<answer>...</answer>`.
 3. `phrase`: what follows the last "answer is", "answer:", "answer =" or GSM8K's "####", to the end of its sentence.
 4. `whole`: the whole text, if it is one short line; it must then be an answer and nothing else.

@@ -56,7 +56,10 @@ _SPELLINGS = [
     (re.compile(r">="), r"\\ge "),
     (re.compile(r"!="), r"\\ne "),
     (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])|\\\{\s*\\\}"), r"\\emptyset"),
-    (re.compile(r"\\(?:mathrm|mathit|textrm|textit|textbf|textnormal|textsf|mbox|operatorname|bf|rm)\*?\s*\{"), r"\\text{"),
+    (
+        re.compile(r"\\(?:mathrm|mathit|textrm|textit|textbf|textnormal|textsf|mbox|operatorname|bf|rm)\*?\s*\{"),
+        r"\\text{",
+    ),
     (re.compile(r"\\(?:mathbf|boldsymbol|bm|mathsf)\s*\{([^{}]*)\}"), r"{\1}"),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
