@@ -82,7 +82,11 @@ def read(text: str) -> Answer:
     Raises:
         UnreadableError: If it is none.
     """
-    return _read(normal_form(text))
+    try:
+        return _read(normal_form(text))
+    except RecursionError:
+        # nobody writes an answer hundreds of brackets deep
+        raise UnreadableError("too deep") from None
 
 
 def _read(text: str) -> Answer:
@@ -152,7 +156,8 @@ def _read_all(parts: list[str]) -> tuple[Answer, ...]:
 
 
 def _list_parts(text: str) -> list[str]:
-    if _number(text) is not None:
+    if _number(_unit(text)[0]) is not None:
+        # a comma between thousands
         return [text]
     spread = _split(text, r"[,;](?:\s*(?:and|or)(?![a-zA-Z]))?|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])")
     return [part for part in spread if part.strip()]
@@ -309,7 +314,9 @@ def _quotient(text: str) -> tuple[Fraction, bool] | None:
     else:
         return None
     divisor = _fraction(bottom)
-    if divisor == 0 or (whole and (top_sign or bottom_sign)):
+    if divisor == 0:
+        raise UnreadableError("a division by zero")
+    if whole and (top_sign or bottom_sign):
         return None
     value = _signed(top_sign or "", _fraction(top)) / _signed(bottom_sign or "", divisor)
     return _signed(sign, int(whole or 0) + value), "." in text
@@ -342,7 +349,6 @@ def _parse(text: str) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        # a RecursionError, too: nobody writes an answer a thousand brackets deep
         raise UnreadableError(f"{type(error).__name__}: {error}"[:200]) from None
     if not isinstance(expr, Basic | MatrixBase):
         raise UnreadableError(f"no formula but {type(expr).__name__}")

@@ -1,14 +1,14 @@
-r"""Which answers are equal. The table; each line is tested (`tests/rewards_corpus.py`).
+r"""Which answers are equal. The table; each line is tested (`tests/rewards_corpus_math.py`).
 
 | Gold | Equal | Not equal |
 |---|---|---|
-| any | the same text, in any spelling of LaTeX, unicode digits and symbols | |
-| number `1/2` | `0.5`, `\frac12`, `2/4`, `\frac{2}{4}`, `50\%` | `.5000001` (beyond the tolerance) |
+| any | the same text, however LaTeX or unicode spell it | |
+| number `1/2` | `0.5`, `\frac12`, `2/4`, `\frac{2}{4}`, `50\%` | `0.50001` |
 | decimal | what is within 1e-6 of the gold value, relatively: `1.414214` is `\sqrt2` | `3.1416` is not `\pi`; nothing but 0 is near 0 |
 | `1000` | `1,000`, `1{,}000`, `1\,000`, `1 000`, `1e3`, `10^3`, `1000.0` | `1.000`, `1,00` |
 | `\frac32` | `1\frac12`, `1 1/2`, `1.5` | |
 | percent `50\%` | `50%`, `50 percent`, `0.5`, `1/2`, and `50`: a question asks for percent | `5000%`, `0.5%` |
-| unit `10 cm` | `10`, `10\text{ cm}`, `10 centimeters`, `0.1 m` | `10 m`, `10 \text{cm}^2`, `10 apples` |
+| unit `10 cm` | `10`, `10\text{ cm}`, `10 centimeters`, `0.1 m` | `10 m`, `10\text{ cm}^2`, `10 apples` |
 | no unit `10` | `10 cm`, `10 apples`, `\$10`, `10^\circ`, `10\%` (a unit on one side only is not compared) | |
 | unknown unit `3 apples` | `3`, `3 apple` | `3 pears` |
 | tuple `(1,2)` | `(1, 2)`, `1, 2` | `(2,1)`, `2, 1`, `[1,2]`, `\{1,2\}` |
@@ -23,7 +23,7 @@ r"""Which answers are equal. The table; each line is tested (`tests/rewards_corp
 | assignment `x=4` | `4`, `x = 2+2 = 4` | `y=4` |
 | equation `x+y=1` | `y=1-x`, `2x+2y=2` | `1`, `x+y=2` |
 | inequality `x>1` | `1<x`, `(1,\infty)` | `x\ge1` |
-| expression `2(x+1)` | `2x+2`, whatever math-verify proves equal | |
+| expression `2(x+1)` | `2x+2`, whatever math-verify proves equal | `2x+1` |
 | ratio `3:4` | `3/4`, `6:8`, `0.75` | `4:3` |
 | choice `A` to `J` | `a`, `(A)`, `A.`, `\text{(A)}`, `A) 12`, `option A` | `12`, `AB` |
 | text `no solution` | the same words: case, `\text` and a full stop aside | |
@@ -31,6 +31,8 @@ r"""Which answers are equal. The table; each line is tested (`tests/rewards_corp
 
 from __future__ import annotations
 
+import cmath
+import zlib
 from fractions import Fraction
 from typing import Any
 
@@ -40,6 +42,8 @@ from grpo_fast.rewards.math.notation import plain
 
 # digits of a numeric comparison of formulas
 PRECISION = 30
+# relative difference of two values, far above the rounding of 15 digits
+DIFFERENT = 1e-6
 
 
 def is_right(gold: Answer, text: str, *, tolerance: float = 1e-6) -> bool:
@@ -66,7 +70,7 @@ def is_right(gold: Answer, text: str, *, tolerance: float = 1e-6) -> bool:
     answer = read(text)
     if answer.kind == "text":
         raise UnreadableError("words where the gold answer is a formula")
-    return equal(gold, answer, Fraction(tolerance))
+    return equal(gold, answer, Fraction(str(tolerance)))
 
 
 def equal(gold: Answer, answer: Answer, tolerance: Fraction) -> bool:
@@ -192,9 +196,34 @@ def _is_proven(a: Any, b: Any) -> bool:
     """Whether math-verify finds two sympy objects equal; what it cannot compare differs."""
     from math_verify import verify
 
+    if _differ_at_a_point(a, b):
+        return False
     try:
         return bool(verify([a], [b], timeout_seconds=None, allow_set_relation_comp=True, raise_on_error=True))
     except MemoryError:
         raise
     except Exception:
         return False
+
+
+def _differ_at_a_point(a: Any, b: Any) -> bool:
+    """Whether two formulas have clearly different values for some values of their variables: no proof is tried then."""
+    from sympy import Expr
+
+    if not (isinstance(a, Expr) and isinstance(b, Expr)):
+        return False
+    try:
+        x, y = _at_a_point(a), _at_a_point(b)
+    except MemoryError:
+        raise
+    except Exception:
+        # an undefined function, a sum without end: math-verify may know
+        return False
+    return cmath.isfinite(x) and cmath.isfinite(y) and abs(x - y) > DIFFERENT * max(abs(x), abs(y))
+
+
+def _at_a_point(expr: Any) -> complex:
+    # by name: a variable of one formula may be real and that of the other not
+    names = sorted(expr.free_symbols, key=str)
+    point = {symbol: 0.5 + 0.1 * (zlib.crc32(str(symbol).encode()) % 97) for symbol in names}
+    return complex(expr.evalf(subs=point))

@@ -111,11 +111,9 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 def last_tag(text: str) -> str | None:
     """What is in the last closed `<answer>...</answer>`, and in it in the last phrase if there is one."""
-    before, end, _ = text.rpartition("</answer>")
-    _, start, content = before.rpartition("<answer>")
-    if not end or not start or not content.strip():
-        return None
-    return last_phrase(content) or content.strip()
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    content = "" if start < 0 else text[start + len("<answer>") :].partition("</answer>")[0].strip()
+    return (last_phrase(content) or content) if content else None
 
 
 def last_phrase(text: str) -> str | None:

@@ -37,13 +37,21 @@ def grade(
         return "unparsed_answer", ""
     status = "unparsed_answer"
     for gold in readable:
-        try:
-            if is_right(gold, found, tolerance=tolerance):
-                return "right", found
-            status = "wrong"
-        except UnreadableError:
-            continue
+        verdict = _verdict(gold, found, tolerance)
+        if verdict == "right":
+            return verdict, found
+        # an answer that one gold answer makes sense of is wrong, not unread
+        status = "wrong" if verdict == "wrong" else status
     return status, found
+
+
+# completions of one prompt often agree
+@functools.lru_cache(maxsize=4096)
+def _verdict(gold: Answer, found: str, tolerance: float) -> str:
+    try:
+        return "right" if is_right(gold, found, tolerance=tolerance) else "wrong"
+    except UnreadableError:
+        return "unparsed_answer"
 
 
 def describe_gold(golds: Sequence[str], tolerance: float) -> tuple[str, str]:
