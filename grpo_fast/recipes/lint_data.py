@@ -43,7 +43,7 @@ class GoldReport:
         """The report as text."""
         good = self.num_rows - len(self.hopeless)
         share = 100 * good / max(1, self.num_rows)
-        kinds = ", ".join(f"{kind} {count}" for kind, count in self.kinds.most_common())
+        kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(self.kinds).most_common())
         found = [
             f"{self.dataset}, reward {self.reward}: {good} of {self.num_rows} gold answers can score ({share:.2f}%)"
         ]

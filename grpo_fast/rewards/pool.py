@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_fast.rewards.marks import callable_name
-from grpo_fast.rewards.worker import COMMAND, FORK, KILL, LENGTH, QUIT
+from grpo_fast.rewards.worker import COMMAND, FORK, KILL, LENGTH, QUIT, send
 
 # imports of the nursery, and of a user's function in a worker; a cold disk and torch take long
 START_TIMEOUT_S = 120.0
@@ -167,7 +167,7 @@ class WorkerPool:
     def _start_nursery(self) -> socket.socket:
         if self._control is not None:
             return self._control
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         path = Path(__file__).with_name("worker.py")
         self._nursery = subprocess.Popen(
             # -P: the folder of worker.py must not hide the standard library's modules
@@ -180,8 +180,9 @@ class WorkerPool:
         theirs.close()
         ours.settimeout(START_TIMEOUT_S)
         self._control = ours
+        # "" is the working directory to an interpreter, and may be another one to the nursery later
         path_entries = [entry or os.getcwd() for entry in sys.path]
-        ours.send(pickle.dumps({"path": path_entries, "preload": self._preload, "memory": self._memory}))
+        send(ours, pickle.dumps({"path": path_entries, "preload": self._preload, "memory": self._memory}))
         self._answer()
         return ours
 
@@ -257,7 +258,7 @@ class _Run:
             indices = [self._queue.popleft() for _ in range(min(self._chunk, len(self._queue)))]
             message = pickle.dumps((self._function, self._timeout_s, [self._items[i] for i in indices]))
             try:
-                worker.sock.sendall(LENGTH.pack(len(message)) + message)
+                send(worker.sock, message)
             except OSError:
                 # it was killed from outside while it had nothing to do
                 self._queue.extendleft(reversed(indices))
@@ -300,13 +301,13 @@ def default_workers() -> int:
     return max(1, min(MOST_WORKERS, processors // ranks))
 
 
-def pickle_function(function: Callable[..., Any]) -> bytes:
-    """A function as a worker can import it.
+def pickle_function(function: Callable[..., Any], *, name: str | None = None) -> bytes:
+    """A function as a worker can import it; `name` is what errors call it.
 
     Raises:
         ValueError: If it is of the running script, a lambda or otherwise not importable.
     """
-    name = callable_name(function)
+    name = name or callable_name(function)
     try:
         pickled = pickle.dumps(function)
     except Exception as error:

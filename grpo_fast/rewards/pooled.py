@@ -38,7 +38,7 @@ class _Pooled:
     def __init__(self, function: Callable[..., Any], timeout: float, memory_bytes: int | None) -> None:
         self.__name__ = callable_name(function)
         self.parts = [function]
-        self._pickled = pickle_function(functools.partial(_score, function))
+        self._pickled = pickle_function(functools.partial(_score, function), name=self.__name__)
         self._timeout, self._memory = timeout, memory_bytes
 
     def __call__(

@@ -62,7 +62,7 @@ def _receive_exactly(sock: socket.socket, size: int) -> bytes:
 def run_nursery(control: socket.socket) -> None:
     """Fork and kill workers as the trainer says, until it ends."""
     trainer = os.getppid()
-    settings = pickle.loads(control.recv(1 << 20))
+    settings = pickle.loads(receive(control))
     sys.path[:] = settings["path"]
     for module in settings["preload"]:
         importlib.import_module(module)
@@ -114,7 +114,7 @@ def _bind_to(nursery: int, memory: int | None) -> None:
     if os.getppid() != nursery:
         os._exit(0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory is not None:
+    if memory is not None and sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 

@@ -4,7 +4,9 @@ r"""Which answers are equal. The table; each line is tested (`tests/rewards_corp
 |---|---|---|
 | any | the same text, however LaTeX or unicode spell it | |
 | number `1/2` | `0.5`, `\frac12`, `2/4`, `\frac{2}{4}`, `50\%` | `0.50001` |
-| decimal | what is within 1e-6 of the gold value, relatively: `1.414214` is `\sqrt2` | `3.1416` is not `\pi`; nothing but 0 is near 0 |
+| decimal | within 1e-6 of the gold value, relatively: `1.414214` is `\sqrt2` | `3.1416` is not `\pi` |
+| whole `1000000` | what is within 1e-6 of it: `1000000.0` | `1000000.5` |
+| `0` | `-0`, `0.0` | `0.0000001` |
 | `1000` | `1,000`, `1{,}000`, `1\,000`, `1 000`, `1e3`, `10^3`, `1000.0` | `1.000`, `1,00` |
 | `\frac32` | `1\frac12`, `1 1/2`, `1.5` | |
 | percent `50\%` | `50%`, `50 percent`, `0.5`, `1/2`, and `50`: a question asks for percent | `5000%`, `0.5%` |
@@ -26,7 +28,7 @@ r"""Which answers are equal. The table; each line is tested (`tests/rewards_corp
 | expression `2(x+1)` | `2x+2`, whatever math-verify proves equal | `2x+1` |
 | ratio `3:4` | `3/4`, `6:8`, `0.75` | `4:3` |
 | choice `A` to `J` | `a`, `(A)`, `A.`, `\text{(A)}`, `A) 12`, `option A` | `12`, `AB` |
-| text `no solution` | the same words: case, `\text` and a full stop aside | |
+| text `no solution` | `\text{No solution.}`: the same words, case and a full stop aside | `no` |
 """
 
 from __future__ import annotations
@@ -166,7 +168,7 @@ def _values_equal(gold: Answer, answer: Answer, tolerance: Fraction, *, factor: 
     is_rounded = gold.is_decimal or answer.is_decimal
     if gold.value is not None and answer.value is not None:
         value = answer.value * factor
-        return gold.value == value or (is_rounded and abs(gold.value - value) <= tolerance * abs(gold.value))
+        return gold.value == value or (is_rounded and abs(gold.value - value) <= tolerance * _scale(gold.value))
     from sympy import Float, Rational
 
     a = gold.expr if gold.value is None else Rational(gold.value.numerator, gold.value.denominator)
@@ -175,11 +177,17 @@ def _values_equal(gold: Answer, answer: Answer, tolerance: Fraction, *, factor: 
         b = b * Rational(factor.numerator, factor.denominator)
     is_rounded = is_rounded or bool(a.atoms(Float) or b.atoms(Float))
     if is_rounded and not (a.free_symbols or b.free_symbols):
-        return _is_near(a, b, tolerance)
+        scale = None if gold.value is None else _scale(gold.value)
+        return _is_near(a, b, tolerance, scale)
     return _is_proven(a, b)
 
 
-def _is_near(a: Any, b: Any, tolerance: Fraction) -> bool:
+def _scale(value: Fraction) -> Fraction:
+    """What the tolerance is relative to: a whole number, however large, is not met by a fraction beside it."""
+    return min(abs(value), Fraction(1)) if value.denominator == 1 else abs(value)
+
+
+def _is_near(a: Any, b: Any, tolerance: Fraction, scale: Fraction | None) -> bool:
     from sympy import N
 
     try:
@@ -189,7 +197,7 @@ def _is_near(a: Any, b: Any, tolerance: Fraction) -> bool:
     except Exception:
         # not numbers: a matrix, an undefined function
         return _is_proven(a, b)
-    return abs(x - y) <= float(tolerance) * abs(x)
+    return abs(x - y) <= float(tolerance) * (abs(x) if scale is None else float(scale))
 
 
 def _is_proven(a: Any, b: Any) -> bool:
