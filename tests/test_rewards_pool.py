@@ -1,5 +1,6 @@
 """Worker processes: what hangs, crashes or eats memory costs its own item only, and nothing outlives the trainer."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -109,6 +110,10 @@ def test_processes_killed_from_outside_are_replaced(pool):
         os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: not any(map(is_alive, workers)))
     assert run(pool, functions.double, [1, 2, 3])[2].value == 6
+    run(pool, functions.double, range(100))
+    assert pool.pids()[0] == nursery
+    workers = pool.pids()[1:]
+    assert all(map(is_alive, workers))
     os.kill(nursery, signal.SIGKILL)
     assert wait_for(lambda: not is_alive(nursery))
     # its workers die with it
@@ -133,19 +138,16 @@ from grpo_fast.rewards.pool import WorkerPool, pickle_function
 from tests import pool_functions
 pool = WorkerPool(workers=2)
 pool.run(pickle_function(pool_functions.double), [(i,) for i in range(40)], timeout_s=30.0)
-if {fork!r} and not os.fork():
-    # a data loader's process: it forgets the pool, and has one of its own if it needs it
-    assert pool.pids() == []
-    time.sleep(600)
+{begin}
 print(*pool.pids(), flush=True)
 {end}
 """
 
 
-def start_trainer(*, end, fork=False):
+def start_trainer(*, begin="", end):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     process = subprocess.Popen(
-        [sys.executable, "-c", TRAINER.format(end=end, fork=fork)],
+        [sys.executable, "-c", TRAINER.format(begin=begin, end=end)],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -162,15 +164,44 @@ def test_nothing_outlives_the_trainer():
     assert wait_for(lambda: not any(map(is_alive, pids)))
 
 
-def test_nothing_outlives_a_killed_trainer_even_if_a_fork_of_it_lives_on():
-    process, pids = start_trainer(end="time.sleep(600)", fork=True)
+OWN = """
+child = os.fork()
+if not child:
+    # as a data loader's process does
+    mine = pool.pids() == [] and pool.run(pickle_function(pool_functions.double), [(1,)], timeout_s=30.0)[0].value == 2
+    os._exit(0 if mine else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_fork_of_the_trainer_has_processes_of_its_own():
+    process, pids = start_trainer(
+        begin=OWN, end="pool.run(pickle_function(pool_functions.double), [(1,)], timeout_s=30.0)"
+    )
+    assert process.wait(60) == 0
+    assert wait_for(lambda: not any(map(is_alive, pids)))
+
+
+# what was not told of the fork holds a copy of the socket whose end would tell the nursery
+HOLDING = """
+copy = os.dup(pool._control.fileno())
+if not os.fork():
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("begin", ["", HOLDING], ids=["alone", "a fork lives on"])
+def test_nothing_outlives_a_killed_trainer(begin):
+    process, pids = start_trainer(begin=begin, end="time.sleep(600)")
     assert all(map(is_alive, pids))
     process.kill()
     process.wait(10)
     try:
         assert wait_for(lambda: not any(map(is_alive, pids)))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # the fork, if there is one
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("function", [lambda value: value, is_alive.__class__(is_alive.__code__, {}, "gone")])
