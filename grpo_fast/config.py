@@ -197,6 +197,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "must not need the other groups, the main thread, or torch's global random state.",
         False,
     )
+    reward_errors: str = _help(
+        "What a reward function that raises, or returns NaN or an infinity, does: 'raise' stops the run; 'none' gives "
+        "those completions the reward None and logs their share as rewards/<name>/error.",
+        "raise",
+    )
     dynamic_sampling_rounds: int = _help(
         "DAPO: further rollouts, at most this many a generation, that replace groups without a signal; 0 is off. Each "
         "generates as many prompts as such groups are left, from a pass of its own over train_dataset. A step costs "
