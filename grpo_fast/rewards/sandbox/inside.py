@@ -1,7 +1,8 @@
 """The first process of a sandbox: builds its file system, then runs programs in it, each without any privilege.
 
-`python -I -S inside.py` reads a job as JSON on its standard input and writes results as JSON on its standard output. It is process 1 of
-a process namespace, so that what a program leaves behind ends with it. Nothing but the standard library is there.
+`python -I -S inside.py` reads a job as JSON on its standard input and writes results as JSON on its standard output.
+It is process 1 of a process namespace, so that what a program leaves behind ends with it. Nothing but the standard
+library is there.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import stat
 import struct
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 WORK, SCRATCH = "/program", "/scratch"
-DEVICES = ("null", "zero", "full", "random", "urandom")
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": SCRATCH,
@@ -46,9 +47,8 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 SECUREBITS = 0b00101111
 CAPABILITY_VERSION_3 = 0x20080522
 
-# numbers of the system calls that are refused, by machine; -1: not there
+# system calls that are refused: their numbers on x86_64 and on aarch64, -1 where there is none
 _SYSCALLS = {
-    # name: (x86_64, aarch64)
     "socket": (41, 198),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -109,12 +109,13 @@ def make_read_only(target: str) -> None:
     check(result, f"making {target} read-only")
 
 
-def build_root(root: str, readable: list[str]) -> None:
+def build_root(root: str, readable: list[str], devices: list[str]) -> None:
     """A root that holds `readable`, read-only, and places for two folders to write into; the old one is gone.
 
     Args:
         root: An empty folder, which it is built in.
         readable: Folders of the system, and links to them.
+        devices: Names in /dev.
 
     Raises:
         OSError: the kernel refuses a step.
@@ -132,15 +133,13 @@ def build_root(root: str, readable: list[str]) -> None:
             mount(path, place, None, MS_BIND | MS_REC)
             make_read_only(place)
     os.makedirs(f"{root}/dev")
-    for name in DEVICES:
+    for name in devices:
         open(f"{root}/dev/{name}", "w").close()
         mount(f"/dev/{name}", f"{root}/dev/{name}", None, MS_BIND)
     os.makedirs(f"{root}/proc")
-    try:
+    # a container that hides parts of its own /proc may not mount another; programs do without
+    with suppress(OSError):
         mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    except OSError:
-        # a container that hides parts of its own /proc may not mount another; programs do without
-        pass
     for folder in (WORK, SCRATCH):
         os.makedirs(root + folder, exist_ok=True)
     if not os.path.lexists(f"{root}/tmp"):
@@ -383,11 +382,16 @@ def main() -> None:
     if os.getpid() != 1:
         # `kill_all` would reach processes outside
         raise SystemExit("the first process of a sandbox must be process 1")
+    # process 1 gets no signal from inside that it has no handler for
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     job = json.load(sys.stdin)
     try:
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         if "--mounted" not in sys.argv:
-            build_root(job["root"], job["readable"])
+            build_root(job["root"], job["readable"], job["devices"])
+        if os.listdir("/proc"):
+            # of a process whose user is root outside, too, the kernel's settings could be written
+            mount("none", "/proc", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
         restore({}, job["size_mib"])
     except OSError as error:
         json.dump({"refused": str(error)}, sys.stdout)

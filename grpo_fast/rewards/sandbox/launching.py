@@ -1,9 +1,9 @@
-"""Programs of unknown intent, run by the kernel's own means of isolation: namespaces, limits and a filter over system calls.
+"""Programs of unknown intent, run behind what the kernel has: namespaces, limits and a filter over system calls.
 
 A sandbox is a process in user, mount, process, network, IPC and host-name namespaces of its own. It sees the system's
 programs and libraries, read-only, and two small folders in memory; no home, no other process, no network, not even a
-socket. Each program in it has no capability, a limit on its time, memory, files and output, and may start threads but no
-process. `bwrap` (bubblewrap) or `unshare` (util-linux) makes the namespaces. Where neither can, nothing runs.
+socket. Each program in it has no capability, a limit on its time, memory, files and output, and may start threads but
+no process. `bwrap` (bubblewrap) or `unshare` (util-linux) makes the namespaces. Where neither can, nothing runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from typing import Any
 
 INSIDE = Path(__file__).with_name("inside.py")
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+# tools that make namespaces, the better first
+BACKENDS = ("bwrap", "unshare")
 SCRATCH_MIB = 64
+DEVICES = ("null", "zero", "full", "random", "urandom")
 # of starting and ending a sandbox, beside its programs' own
 OVERHEAD_SECONDS = 10.0
 
@@ -135,8 +138,11 @@ def run_in_sandbox(
         SandboxUnavailable: Nothing on this machine can isolate a program.
         SandboxFailed: The sandbox itself ended, for example when the machine was out of memory.
     """
-    job = {
-        "files": {name: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode() for name, text in files.items()},
+    job: dict[str, Any] = {
+        "devices": DEVICES,
+        "files": {
+            name: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode() for name, text in files.items()
+        },
         "readable": [],
         "size_mib": SCRATCH_MIB,
         "environment": dict(environment or {}),
@@ -155,7 +161,7 @@ def run_in_sandbox(
 
 @functools.cache
 def available_backend() -> str:
-    """"bwrap" or "unshare", whichever runs a program here first.
+    """The first of `BACKENDS` that works here.
 
     Raises:
         SandboxUnavailable: Neither does; says why.
@@ -163,7 +169,7 @@ def available_backend() -> str:
     reasons = []
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"code runs in a sandbox of Linux namespaces only; this is {sys.platform}")
-    for backend in ("bwrap", "unshare"):
+    for backend in BACKENDS:
         if shutil.which(backend) is None:
             reasons.append(f"{backend} is not installed")
             continue
@@ -176,12 +182,13 @@ def available_backend() -> str:
     raise SandboxUnavailable(
         "no code is run, since nothing here can isolate it: "
         + "; ".join(reasons)
-        + ". Install bubblewrap, or allow user namespaces (kernel.unprivileged_userns_clone, user.max_user_namespaces; in a "
-        "container a seccomp profile and an AppArmor profile that permit them)"
+        + ". Install bubblewrap, or allow user namespaces (kernel.unprivileged_userns_clone, "
+        "user.max_user_namespaces; in a container seccomp and AppArmor profiles that permit them)"
     )
 
 
 PROBE: dict[str, Any] = {
+    "devices": DEVICES,
     "files": {},
     "readable": [],
     "size_mib": 1,
@@ -208,18 +215,22 @@ def _launch(backend: str, job: dict[str, Any], readable: Sequence[str], seconds:
     with TemporaryDirectory(prefix="sandbox-") as root:
         command = {"bwrap": _bwrap_command, "unshare": _unshare_command}[backend](folders)
         text = json.dumps(job | {"root": root, "readable": folders})
-        environment = {"PATH": os.environ.get("PATH", os.defpath)}
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-        )
-        try:
-            stdout, stderr = process.communicate(text, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            raise SandboxFailed(f"a sandbox did not end within {seconds:.0f} s") from None
-        finally:
-            # its end is the end of everything inside
-            process.kill()
-            process.communicate()
+        return _reply_of(command, text, seconds)
+
+
+def _reply_of(command: Sequence[str], text: str, seconds: float) -> dict[str, Any]:
+    environment = {"PATH": os.environ.get("PATH", os.defpath)}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # in a session of its own: Ctrl-C is for the trainer
+    process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+    try:
+        stdout, stderr = process.communicate(text, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise SandboxFailed(f"a sandbox did not end within {seconds:.0f} s") from None
+    finally:
+        # its end is the end of everything inside
+        process.kill()
+        process.communicate()
     try:
         reply: dict[str, Any] = json.loads(stdout)
     except json.JSONDecodeError:
@@ -250,11 +261,12 @@ def _bwrap_command(folders: Sequence[str]) -> list[str]:
             command += ["--symlink", os.readlink(folder), folder]
         else:
             command += ["--ro-bind", folder, folder]
-    command += ["--ro-bind", str(INSIDE), "/inside.py", "--proc", "/proc", "--dev", "/dev", "--dir", "/program", "--dir", "/scratch"]
+    for device in DEVICES:
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    command += ["--ro-bind", str(INSIDE), "/inside.py", "--proc", "/proc", "--dir", "/program", "--dir", "/scratch"]
     if not any(folder.startswith("/tmp/") for folder in folders):
         command += ["--symlink", "/scratch", "/tmp"]
-    command += ["--remount-ro", "/"]
-    return [*command, "--", sys.executable, "-I", "-S", "/inside.py", "--mounted"]
+    return [*command, "--remount-ro", "/", "--", sys.executable, "-I", "-S", "/inside.py", "--mounted"]
 
 
 def _inside_command() -> list[str]:
