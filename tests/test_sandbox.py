@@ -90,7 +90,7 @@ REFUSED = {
     "memory": "x = bytearray(2**34)",
     "a large file": "f = open('/tmp/x', 'wb')\nwhile True: f.write(bytes(2**20))",
     "many files": "for i in range(10**6): open(f'/tmp/{i}', 'w').close()",
-    "many threads": "import threading as t, time\nwhile True: t.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+    "many threads": "import threading as t, time\nwhile True: t.Thread(target=time.sleep, args=(9,)).start()",
     "another root": "import os\nos.chroot('/tmp')",
     "setuid": "import os\nos.setuid(1)",
     "a namespace": "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
