@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.bench_main_job import child_environment
+from bench.models import CONFIGS, num_layers
 from bench.profile_rows import PROFILES
 from bench.profiles_table import Measured, same_rows, seconds_table, tokens_table
 from bench.provenance import provenance
@@ -37,7 +38,7 @@ def timing_options(label: str, profile: str, args: argparse.Namespace) -> list[s
     """The child's options where seconds are measured; ours always runs the whole step, whose packs differ."""
     lengths = PROFILES[profile]
     scale = lengths.timed_scale if args.scale is None else args.scale
-    options = ["--layers", str(args.layers), "--scale", str(scale)]
+    options = ["--model", args.model, "--layers", str(args.layers), "--scale", str(scale)]
     if label == "trl" and not args.whole_step:
         options += ["--micro-batches", str(lengths.timed_micro_batches)]
     return options
@@ -55,7 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", choices=PROFILES, action="append", help="one of them; may be given again")
     parser.add_argument("--scale", type=float, help="of the timed lengths; default: the profile's own")
-    parser.add_argument("--layers", type=int, default=3, help="of SmolLM2-135M's 30, with that part of its vocabulary")
+    parser.add_argument("--model", choices=CONFIGS, default="SmolLM2-135M", help="its shape, with random weights")
+    parser.add_argument("--layers", type=int, default=3, help="of the model's, with that part of its vocabulary")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each child")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--whole-step", action="store_true", help="run all of TRL's micro-batches, which are alike")
@@ -64,15 +66,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time, for both")
     parser.add_argument("--out", type=Path, help="JSON of the raw numbers (bench/results/NAME.json)")
     args = parser.parse_args()
-    if not 1 <= args.layers <= 30:
-        parser.error(f"--layers must be 1 to 30, got {args.layers}")
+    if not 1 <= args.layers <= num_layers(args.model):
+        parser.error(f"--layers must be 1 to {num_layers(args.model)}, got {args.layers}")
     return args
 
 
 def main() -> None:
     args = parse_args()
     profiles = args.profile or list(PROFILES)
-    options = ("seed", "threads", "layers", "gradient_checkpointing", "max_tokens_per_pack")
+    options = ("seed", "threads", "model", "layers", "gradient_checkpointing", "max_tokens_per_pack")
     record = provenance() | {name: getattr(args, name) for name in options}
     counted = [
         run for label in LABELS for run in run_child(label, profiles, *settings(label, args), threads=args.threads)
@@ -90,9 +92,8 @@ def main() -> None:
     print("Tokens of one optimizer step (64 completions) through the transformer, at true lengths:\n")
     print(tokens_table(counted))
     if timed:
-        print(
-            f"\nTraining phase of one step, {args.layers} of SmolLM2-135M's 30 layers and that part of its vocabulary,"
-        )
+        part = f"{args.layers} of {args.model}'s {num_layers(args.model)} layers and that part of its vocabulary"
+        print(f"\nTraining phase of one step, {part},")
         print("random weights, no group without a signal. TRL's micro-batches have one shape: those that were not run")
         print("cost what the later of those that were cost.\n")
         print(seconds_table(timed))

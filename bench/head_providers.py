@@ -1,4 +1,4 @@
-"""What `bench_head.py` compares: one training step of an LM head with the GRPO loss, or scoring, by ours and by peers.
+"""What the head's benches compare: a training step of an LM head with the GRPO loss, or scoring, by ours and by peers.
 
 Shapes: N tokens in 8 sequences of equal length, D hidden width, V vocabulary.
 Every trained provider computes the loss `-mean(min(ratio * A, clip(ratio) * A))` with `ratio = exp(logp - logp)`, as in
@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bench.provider import Provider
 
 NUM_SEQUENCES = 8
 EPSILON = 0.2
@@ -99,9 +102,6 @@ def clipped_loss(logps: Tensor, advantages: Tensor) -> Tensor:
     ratio = torch.exp(logps - logps.detach())
     bounded = ratio.clamp(1 - EPSILON, 1 + EPSILON)
     return -torch.min(ratio * advantages, bounded * advantages).mean()
-
-
-Step = Callable[[Problem], Tensor | None]
 
 
 def _ours(problem: Problem, *, weight_grad: Tensor | None = None, candidate: str | None = None) -> Tensor:
@@ -202,30 +202,80 @@ def _liger(problem: Problem) -> None:
 
 
 def _liger_tf32(problem: Problem) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
-    _liger(problem)
+    try:
+        _liger(problem)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _logits(problem: Problem) -> Tensor:
+def _target_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
+    return F.log_softmax(logits, -1, dtype=torch.float32).gather(1, targets[:, None])[:, 0]
+
+
+def _target_logps_and_entropies(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logps = F.log_softmax(F.linear(hidden, weight), -1, dtype=torch.float32)
+    return logps.gather(1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+
+
+def _logits_loss(hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    logps = _target_logps(hidden, weight, targets)
+    return clipped_loss(logps, advantages), logps.detach()
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _logits(problem: Problem, function: Callable[..., Any] = _logits_loss) -> Tensor:
     with problem.context():
-        logits = F.linear(problem.hidden, problem.weight)
-    logps = F.log_softmax(logits, -1, dtype=torch.float32).gather(1, problem.targets[:, None])[:, 0]
-    clipped_loss(logps, problem.token_advantages).backward()
-    return logps.detach()
+        loss, logps = function(problem.hidden, problem.weight, problem.targets, problem.token_advantages)
+    loss.backward()
+    return logps
 
 
-def _cce(problem: Problem, impl: str = "cce") -> Tensor:
+def _compiled_logits(problem: Problem) -> Tensor:
+    return _logits(problem, _compiled(_logits_loss))
+
+
+@torch.no_grad()
+def _logits_scoring(problem: Problem, function: Callable[..., Any] = _target_logps_and_entropies) -> Tensor:
+    with problem.context():
+        logps, _ = function(problem.hidden, problem.weight, problem.targets)
+    return logps
+
+
+def _compiled_scoring(problem: Problem) -> Tensor:
+    return _logits_scoring(problem, _compiled(_target_logps_and_entropies))
+
+
+def _cce_logps(problem: Problem, **options: Any) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     with problem.context():
-        nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", impl=impl)
-    logps = -nll.float()
+        nll = linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, reduction="none", impl="cce", **options
+        )
+    return -nll.float()
+
+
+def _cce(problem: Problem, **options: Any) -> Tensor:
+    logps = _cce_logps(problem, **options)
     clipped_loss(logps, problem.token_advantages).backward()
     return logps.detach()
 
 
 def _cce_exact(problem: Problem) -> Tensor:
-    return _cce(problem, "cce_exact")
+    # nothing is left out of the gradients
+    return _cce(problem, filter_eps=None)
+
+
+@torch.no_grad()
+def _cce_scoring(problem: Problem) -> Tensor:
+    return _cce_logps(problem)
 
 
 def _operands(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -246,61 +296,47 @@ def _floor_scoring(problem: Problem) -> None:
     torch.mm(hidden, weight.t())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Provider:
-    """One way to do the work.
-
-    Attributes:
-        label: Its name on the command line and in the table.
-        step: Does the work once; returns [N] log-probs if it has them. Gradients end in the leaves' `.grad`.
-        trains: Whether it computes gradients; else it only scores.
-        package: What must be importable.
-        cuda_only: Whether it runs on CUDA only.
-        is_floor: Whether it is the bare products, without softmax, loss or a right answer.
-        accumulates: Whether `weight.grad` exists beforehand and is added to.
-    """
-
-    label: str
-    step: Step
-    trains: bool = True
-    package: str = "grpo_kernels"
-    cuda_only: bool = False
-    is_floor: bool = False
-    accumulates: bool = False
-
-
-PROVIDERS = {
+TRAINING = {
     provider.label: provider
     for provider in (
         Provider(label="ours", step=_ours),
-        Provider(label="ours-accumulating", step=_ours_accumulating, accumulates=True),
+        Provider(label="ours-accumulating", step=_ours_accumulating, accumulates=True, asked_on_cpu=True),
         Provider(label="ours-fused", step=_ours_fused, cuda_only=True),
-        Provider(label="ours-two-calls", step=_ours_two_calls),
+        Provider(label="ours-two-calls", step=_ours_two_calls, asked_on_cpu=True),
         Provider(label="trl", step=_trl, package="trl"),
-        Provider(label="trl-no-entropy", step=_trl_without_entropy, package="trl"),
+        Provider(label="trl-no-entropy", step=_trl_without_entropy, package="trl", asked_on_cpu=True),
         Provider(label="liger", step=_liger, package="liger_kernel"),
         Provider(label="liger-tf32", step=_liger_tf32, package="liger_kernel", cuda_only=True),
-        Provider(label="logits", step=_logits, package="torch"),
         Provider(label="cce", step=_cce, package="cut_cross_entropy", cuda_only=True),
         Provider(label="cce-exact", step=_cce_exact, package="cut_cross_entropy", cuda_only=True),
+        Provider(label="compile", step=_compiled_logits, package="torch"),
+        Provider(label="logits", step=_logits, package="torch"),
         Provider(label="floor", step=_floor, package="torch", is_floor=True),
-        Provider(label="ours-scoring", step=_ours_scoring, trains=False),
-        Provider(label="ours-scoring-fused", step=_ours_scoring_fused, trains=False, cuda_only=True),
-        Provider(label="trl-scoring", step=_trl_scoring, package="trl", trains=False),
-        Provider(label="floor-scoring", step=_floor_scoring, package="torch", trains=False, is_floor=True),
+    )
+}
+SCORING = {
+    provider.label: provider
+    for provider in (
+        Provider(label="ours", step=_ours_scoring, trains=False),
+        Provider(label="ours-fused", step=_ours_scoring_fused, cuda_only=True, trains=False),
+        Provider(label="trl", step=_trl_scoring, package="trl", trains=False),
+        Provider(label="cce", step=_cce_scoring, package="cut_cross_entropy", cuda_only=True, trains=False),
+        Provider(label="compile", step=_compiled_scoring, package="torch", trains=False),
+        Provider(label="logits", step=_logits_scoring, package="torch", trains=False),
+        Provider(label="floor", step=_floor_scoring, package="torch", is_floor=True, trains=False),
     )
 }
 
 
-def why_not(provider: Provider, *, has_cuda: bool, is_frozen: bool) -> str | None:
-    """Why this provider cannot run here, or None if it can."""
-    if provider.cuda_only and not has_cuda:
-        return "needs CUDA"
-    if provider.accumulates and is_frozen:
-        return "a frozen head has no gradient"
-    if find_spec(provider.package) is None:
-        return f"{provider.package} is not installed"
-    return None
+def clear(problem: Problem, provider: Provider) -> None:
+    """Take the gradients of the last step away, or zero the one that is added to."""
+    problem.hidden.grad = None
+    if not provider.accumulates:
+        problem.weight.grad = None
+    elif problem.weight.grad is None:
+        problem.weight.grad = torch.zeros_like(problem.weight)
+    else:
+        problem.weight.grad.zero_()
 
 
 @dataclass(frozen=True)
@@ -325,14 +361,15 @@ class Exact:
         return Exact(logps=logps, dhidden=slopes @ weight, dweight=slopes.t() @ hidden)
 
 
-def errors(problem: Problem, logps: Tensor | None) -> dict[str, float]:
+def errors(problem: Problem, logps: Tensor | None, exact: Exact | None = None) -> dict[str, float]:
     """Largest absolute error of the log-probs, and the gradients' errors relative to their norms.
 
     Args:
         problem: After a step on it; its leaves hold the gradients, or None after scoring.
         logps: What the step returned.
+        exact: The truth of the problem, computed if not given.
     """
-    exact = Exact.of(problem)
+    exact = exact or Exact.of(problem)
     found = {}
     if logps is not None:
         found["logps_max"] = float((logps.double() - exact.logps).abs().max())

@@ -11,7 +11,7 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -66,14 +66,15 @@ class Probe:
     A step lasts from the end of the one before it, so that data loading and logging belong to it (as "other").
     """
 
-    def __init__(self) -> None:
+    def __init__(self, phases: Sequence[str] = PHASES) -> None:
         self.steps: list[dict[str, Any]] = []
+        self._phases = phases
         self._stack = ["other"]
         self._open()
 
     def _open(self) -> None:
-        self._cpu_s = dict.fromkeys(PHASES, 0.0)
-        self._wall_s = dict.fromkeys(PHASES, 0.0)
+        self._cpu_s = dict.fromkeys(self._phases, 0.0)
+        self._wall_s = dict.fromkeys(self._phases, 0.0)
         self._tokens = 0
         self._prompts = hashlib.sha256()
         self._mark = _now()
@@ -88,15 +89,23 @@ class Probe:
         """`method`, charged to `phase` while it runs."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._charge()
-            self._stack.append(phase)
+            self.enter(phase)
             try:
                 return method(*args, **kwargs)
             finally:
-                self._charge()
-                self._stack.pop()
+                self.leave()
 
         return call
+
+    def enter(self, phase: str) -> None:
+        """Charge to `phase` from here on."""
+        self._charge()
+        self._stack.append(phase)
+
+    def leave(self) -> None:
+        """Charge to the phase before the last `enter` again."""
+        self._charge()
+        self._stack.pop()
 
     def observed(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """A rollout, with its prompts and completion tokens noted."""
@@ -171,7 +180,8 @@ def measure(label: str, *, model: str, steps: int, seed: int, gradient_checkpoin
             use_cpu=not on_cuda,
             gradient_checkpointing=gradient_checkpointing,
             use_vllm=label == "grpo-fast-vllm",
-            # as the demo has it: the longest prompt has 41 tokens
+            # as the demo has them: the longest prompt has 41 tokens
+            vllm_enable_sleep_mode=label == "grpo-fast-vllm",
             vllm_max_model_length=96 if label == "grpo-fast-vllm" else None,
             **JOB,
         )

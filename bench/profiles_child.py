@@ -1,8 +1,7 @@
 """One trainer's training phase on one length profile, in a process of its own; or the tokens that it runs, alone.
 
 A rollout function hands both trainers the same prompts, completions and rewards, so that nothing is generated. The
-policy is a slice of SmolLM2-135M with random weights: some of its 30 layers and the same part of its vocabulary, so
-that layers and head keep their shares of the work.
+policy has random weights: a model of `models.py`, or some of its layers with the same part of its vocabulary.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.main_job_child import Probe, _peak_rss_mib
+from bench.main_job_table import PHASES as JOB_PHASES
+from bench.models import CONFIGS, SMOLLM2, make_model
 from bench.profile_rows import (
     EOS,
-    GENERATIONS,
     MICRO_BATCH,
     MICRO_BATCHES,
     PAD,
@@ -33,19 +33,6 @@ from bench.profile_rows import (
 )
 from bench.profiles_table import Measured
 
-LAYERS, VOCABULARY = 30, 49152
-SMOLLM2: dict[str, Any] = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "pad_token_id": PAD,
-    "eos_token_id": EOS,
-    "bos_token_id": None,
-}
 # runs any number of tokens in no time: its attention returns the values, see `make_counted_model`
 COUNTED = SMOLLM2 | {
     "hidden_size": 8,
@@ -55,15 +42,8 @@ COUNTED = SMOLLM2 | {
     "num_hidden_layers": 1,
     "vocab_size": 64,
 }
-
-
-def make_model(layers: int) -> Any:
-    """A slice of SmolLM2-135M: `layers` of its 30 layers and the same part of its vocabulary."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMOLLM2, num_hidden_layers=layers, vocab_size=VOCABULARY * layers // LAYERS))
+# `Probe`'s, with what follows the loss in a step told apart: "train" is the forward pass then
+PHASES = (*JOB_PHASES, "backward", "optimizer")
 
 
 def make_counted_model(*, attends: bool) -> Any:
@@ -118,10 +98,17 @@ def row_reward(completions: list[str], row_reward: list[float], **kwargs: Any) -
 
 @dataclass
 class Step:
-    """Tokens of each forward pass and seconds, by micro-batch; stops the run after some micro-batches."""
+    """Tokens of each forward pass and seconds, by micro-batch, of one step; stops the run after some micro-batches.
+
+    Attributes:
+        last: After how many micro-batches of the measured step to stop.
+        warmup: Steps before it.
+    """
 
     last: int
-    probe: Probe = field(default_factory=Probe)
+    warmup: int = 0
+    begun: int = 0
+    probe: Probe = field(default_factory=lambda: Probe(PHASES))
     passes: list[list[int]] = field(default_factory=lambda: [[]])
 
     def watch(self, trainer: Any) -> None:
@@ -134,30 +121,65 @@ class Step:
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
                 # a trainer may run the model before the step, to see what it needs
                 step.passes[:] = [[]]
+                step.probe.steps.clear()
+                step.begun += 1
                 step.probe.begin()
 
             def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
                 step.probe.end_step()
-                control.should_training_stop = len(step.passes) >= step.last
-                step.passes += [] if control.should_training_stop else [[]]
+                is_last = step.begun > step.warmup and len(step.passes) >= step.last
+                control.should_training_stop = control.should_training_stop or is_last
+                step.passes += [] if is_last else [[]]
                 return control
 
             on_step_end = on_substep_end
+
+            def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                step.probe.enter("optimizer")
+
+            def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                step.probe.leave()
 
         def count(module: Any, args: tuple[Any, ...]) -> None:
             self.passes[-1].append(args[0].numel())
 
         self.probe.watch(trainer)
+        trainer.accelerator.backward = self.probe.timed(trainer.accelerator.backward, "backward")
+        trainer._clip_grad_norm = self.probe.timed(trainer._clip_grad_norm, "optimizer")
         trainer.model.get_input_embeddings().register_forward_pre_hook(count)
         trainer.add_callback(Ends())
 
     def seconds(self, clock: str) -> list[float]:
-        """Of the training phase by "cpu" or "wall", by micro-batch."""
-        return [part[f"{clock}_s"]["train"] for part in self.probe.steps]
+        """Of the training phase, forward and backward, by "cpu" or "wall", by micro-batch."""
+        forward, backward = (self.phases(clock)[name] for name in ("train", "backward"))
+        return [sum(both) for both in zip(forward, backward, strict=True)]
+
+    def phases(self, clock: str) -> dict[str, list[float]]:
+        """Seconds of each phase by micro-batch."""
+        return {name: [part[f"{clock}_s"][name] for part in self.probe.steps] for name in PHASES}
 
 
-def make_trainer(label: str, model: Any, groups: list[list[Row]], *, folder: str, seed: int, **settings: Any) -> Any:
-    """The trainer that `label` names; what is not set here is each trainer's default."""
+def make_trainer(
+    label: str,
+    model: Any,
+    groups: list[list[Row]],
+    *,
+    folder: str,
+    seed: int,
+    micro_batch: int = MICRO_BATCH,
+    **settings: Any,
+) -> Any:
+    """The trainer that `label` names, with all rows in each optimizer step; what is not set is each trainer's default.
+
+    Args:
+        label: "trl" or "grpo-fast".
+        model: The policy.
+        groups: The rows of each prompt.
+        folder: Where it may write.
+        seed: Of the trainer.
+        micro_batch: Rows of a micro-batch.
+        **settings: More fields of the configuration.
+    """
     library = import_module("trl" if label == "trl" else "grpo_fast")
 
     import torch
@@ -165,12 +187,11 @@ def make_trainer(label: str, model: Any, groups: list[list[Row]], *, folder: str
 
     config = library.GRPOConfig(
         output_dir=folder,
-        max_steps=1,
         seed=seed,
         use_cpu=not torch.cuda.is_available(),
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=MICRO_BATCHES,
-        num_generations=GENERATIONS,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=sum(len(rows) for rows in groups) // micro_batch,
+        num_generations=len(groups[0]),
         max_completion_length=max(len(row.completion) for rows in groups for row in rows),
         learning_rate=1e-6,
         beta=0.0,
@@ -199,8 +220,10 @@ def measure(
     micro_batches: int,
     settings: dict[str, Any],
     seed: int,
+    model: str = "SmolLM2-135M",
+    warmup_steps: int = 0,
 ) -> Measured:
-    """Run the training phase of one optimizer step, or the first micro-batches of it.
+    """Run one optimizer step, or the first micro-batches of it.
 
     Args:
         label: "trl" or "grpo-fast".
@@ -210,6 +233,8 @@ def measure(
         micro_batches: After how many of the step's micro-batches to stop.
         settings: More fields of the configuration.
         seed: Of the rows.
+        model: A key of `models.CONFIGS`.
+        warmup_steps: Whole steps before the measured one.
 
     Returns:
         Tokens and seconds of each micro-batch.
@@ -217,20 +242,22 @@ def measure(
     import torch
 
     is_counted = layers is None
-    model = make_counted_model(attends=label != "trl") if is_counted else make_model(layers)
-    groups = draw_rows(PROFILES[profile], scale=scale, vocabulary=model.config.vocab_size, seed=seed)
-    step = Step(last=micro_batches)
+    policy = make_counted_model(attends=label != "trl") if is_counted else make_model(model, layers=layers)
+    groups = draw_rows(PROFILES[profile], scale=scale, vocabulary=policy.config.vocab_size, seed=seed)
+    step = Step(last=micro_batches, warmup=warmup_steps)
+    fields = settings | {"bf16": not is_counted, "max_steps": warmup_steps + 1}
     with TemporaryDirectory() as folder:
-        trainer = make_trainer(label, model, groups, folder=folder, seed=seed, bf16=not is_counted, **settings)
+        trainer = make_trainer(label, policy, groups, folder=folder, seed=seed, **fields)
         step.watch(trainer)
         loaded_rss_mib = _peak_rss_mib()
         trainer.train()
+    on_cuda = torch.cuda.is_available()
     return Measured(
         label=label,
         profile=profile,
         scale=scale,
         layers=layers,
-        vocabulary=model.config.vocab_size,
+        vocabulary=policy.config.vocab_size,
         rows=digest(groups),
         true_tokens=true_tokens(groups),
         longest=longest(groups),
@@ -239,8 +266,10 @@ def measure(
         wall_s=step.seconds("wall"),
         peak_rss_mib=_peak_rss_mib(),
         loaded_rss_mib=loaded_rss_mib,
-        peak_cuda_mib=torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
+        peak_cuda_mib=torch.cuda.max_memory_allocated() / 2**20 if on_cuda else None,
         threads=torch.get_num_threads(),
+        model="counted" if is_counted else model,
+        phases=step.phases("wall" if on_cuda else "cpu"),
     )
 
 
@@ -250,6 +279,8 @@ def main() -> None:
     parser.add_argument("profiles", nargs="+", choices=PROFILES)
     parser.add_argument("--layers", type=int, help="of the policy; tokens are only counted without it")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--model", choices=CONFIGS, default="SmolLM2-135M")
+    parser.add_argument("--warmup-steps", type=int, default=0)
     parser.add_argument("--micro-batches", type=int, default=MICRO_BATCHES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", type=json.loads, default={}, help="more fields of the configuration, as JSON")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from bench.profile_rows import MICRO_BATCHES, PROFILES
@@ -31,6 +31,9 @@ class Measured:
         loaded_rss_mib: The same before the step: imports, model, trainer.
         peak_cuda_mib: Highest size of torch's CUDA allocations, or None on a CPU.
         threads: torch's intra-op threads.
+        model: The policy's name.
+        phases: Seconds of each phase of the step by micro-batch, by the clock that counts: CPU seconds on a CPU, wall
+            seconds on a GPU.
     """
 
     label: str
@@ -48,6 +51,8 @@ class Measured:
     loaded_rss_mib: float
     peak_cuda_mib: float | None
     threads: int
+    model: str = "SmolLM2-135M"
+    phases: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def micro_batches(self) -> int:

@@ -92,7 +92,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
     use_vllm: bool = _help("Generate with vLLM.", False)
     vllm_mode: str = _help("'colocate': in the trainer's process; 'server': a `vllm serve` process.", "colocate")
     vllm_model_impl: str = _help("vLLM's model implementation: 'vllm' or 'transformers'.", "vllm")
-    vllm_enable_sleep_mode: bool = _help("Release vLLM's KV cache while training; the weights stay.", False)
+    vllm_enable_sleep_mode: bool = _help(
+        "Release vLLM's KV cache while training, and on a CPU its own copies of weights (a bf16 engine's of an fp32 "
+        "policy), which each rollout fills anew. Weights that the policy shares stay, and on a GPU all do.",
+        False,
+    )
     vllm_structured_outputs_regex: str | None = _help("Regular expression completions must match.", None)
     vllm_server_base_url: str | None = _help("Server mode: base URL.", None)
     vllm_server_host: str = _help("Server mode: host.", "0.0.0.0")
@@ -192,6 +196,11 @@ class GRPOConfig(LegacyArguments, TrainingArguments):
         "once a group, not once a batch, and in another thread, one call at a time (async ones side by side): they "
         "must not need the other groups, the main thread, or torch's global random state.",
         False,
+    )
+    reward_errors: str = _help(
+        "What a reward function that raises, or returns NaN or an infinity, does: 'raise' stops the run; 'none' gives "
+        "those completions the reward None and logs their share as rewards/<name>/error.",
+        "raise",
     )
     dynamic_sampling_rounds: int = _help(
         "DAPO: further rollouts, at most this many a generation, that replace groups without a signal; 0 is off. Each "

@@ -21,6 +21,7 @@ CHOICES = {
     "importance_sampling_level": ("token", "sequence"),
     "loss_type": LOSS_TYPES,
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "reward_errors": ("raise", "none"),
     "scale_rewards": ("group", "batch", "none"),
     "share_prompts": ("auto", "always", "never"),
     "vllm_importance_sampling_mode": IS_MODES,

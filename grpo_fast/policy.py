@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from grpo_fast.attention import AttentionPlan, causal_lm, is_packed, running_packs
 from grpo_fast.batch import Pack, PaddedRows
+from grpo_fast.tied_embedding import head_weight, one_gradient
 from grpo_kernels import linear_logps, linear_loss
 from grpo_kernels.linear_loss import RowsLoss
 
@@ -209,15 +211,16 @@ def _scoring_lm(original: Forward) -> Forward:
         given = {name: value for name, value in kwargs.items() if value is not None}
         if score.aux_weights is not None:
             given["output_router_logits"] = True
-        outputs = backbone(self)(*args, **given)
-        hidden = outputs[0][:, -score.width :].flatten(0, 1)
-        softcap, logit_scale = _logit_transform(self.config.get_text_config())
-        results = self.get_output_embeddings()(
-            hidden.index_select(0, score.predict.to(hidden.device)),
-            score=score,
-            softcap=softcap,
-            logit_scale=logit_scale,
-        )
+        with nullcontext() if torch.compiler.is_compiling() else one_gradient():
+            outputs = backbone(self)(*args, **given)
+            hidden = outputs[0][:, -score.width :].flatten(0, 1)
+            softcap, logit_scale = _logit_transform(self.config.get_text_config())
+            results = self.get_output_embeddings()(
+                hidden.index_select(0, score.predict.to(hidden.device)),
+                score=score,
+                softcap=softcap,
+                logit_scale=logit_scale,
+            )
         return *results, None if score.aux_weights is None else _aux_loss(self, outputs, score.aux_weights)
 
     return forward
@@ -283,7 +286,7 @@ def _scoring_head(original: Forward) -> Forward:
         if score.loss is not None:
             trained = linear_loss(
                 input,
-                self.weight,
+                head_weight(self.weight),
                 targets,
                 score.loss,
                 bias=self.bias,
@@ -297,7 +300,7 @@ def _scoring_head(original: Forward) -> Forward:
             return trained.loss, trained.logps, trained.entropy
         scored = linear_logps(
             input,
-            self.weight,
+            head_weight(self.weight),
             targets,
             bias=self.bias,
             temperature=score.temperature,

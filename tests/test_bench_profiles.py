@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -129,6 +130,26 @@ def test_our_tokens_are_those_of_the_packs():
     assert never.micro_batches == 16
     assert len(never.cpu_s) == 16
     assert never.seconds > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*rollout_func:UserWarning")
+def test_a_step_s_phases_are_told_apart():
+    step = child.Step(last=2, warmup=1)
+    with tempfile.TemporaryDirectory() as folder:
+        model = child.make_counted_model(attends=True)
+        (rows, *_) = rows_of.draw_rows(rows_of.PROFILES["rag"], scale=0.02, vocabulary=64, seed=0)
+        trainer = child.make_trainer(
+            "grpo-fast", model, [rows], folder=folder, seed=0, bf16=False, max_steps=2, share_prompts="never"
+        )
+        step.watch(trainer)
+        trainer.train()
+    # the warm-up step is not in it: eight rows in micro-batches of four, without each row's last token
+    assert step.begun == 2
+    assert sum(map(sum, step.passes)) == sum(len(row.prompt) + len(row.completion) - 1 for row in rows)
+    spent = {name: sum(seconds) for name, seconds in step.phases("cpu").items()}
+    assert {name for name, seconds in spent.items() if seconds > 0} >= {"train", "backward", "optimizer"}
+    assert [len(seconds) for seconds in step.phases("cpu").values()] == [2] * len(child.PHASES)
+    assert sum(step.seconds("cpu")) == pytest.approx(spent["train"] + spent["backward"])
 
 
 @pytest.mark.trl

@@ -66,7 +66,9 @@ def in_subprocess(code, **env):
 # -- start-up ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["demo", "--help"], ["train", "--help"], ["lint-data", "--help"]]
+)
 def test_help_and_version_import_nothing_heavy(words):
     code = (
         "import sys; from grpo_fast.cli import main\n"
@@ -235,8 +237,11 @@ def test_ctrl_c_exits_with_130(project, capsys):
         ({"dataset": "columns.jsonl"}, r"dataset needs a `prompt` column, its columns are \['question'\]"),
         ({"model": "/nowhere/model"}, "model='/nowhere/model': the folder does not exist"),
         ({"model": "/nowhere/model", "dataset": "large/download"}, "model='/nowhere/model'"),
-        ({"rewards": "exact"}, "rewards must be written module:function, one is 'exact'"),
-        ({"rewards": [{"own_rewards": "exact"}]}, "rewards must be written module:function, one is {"),
+        (
+            {"rewards": "exact"},
+            r"rewards must be written module:function or be one of accuracy, .*weighted; one is 'exact'",
+        ),
+        ({"rewards": [{"own_rewards": "exact"}]}, "rewards must be written module:function, name or .*; one is {"),
         ({"rewards": ["missing_module:exact"]}, "rewards: 'missing_module:exact' cannot be imported: No module"),
         ({"rewards": ["own_rewards:gone"]}, "module 'own_rewards' has no 'gone'; it has shortness, exact"),
         ({"rewards": ["own_rewards:LIMIT"]}, "rewards: 'own_rewards:LIMIT' is not a function, it is int"),

@@ -21,6 +21,7 @@ OURS = {
     "vllm_engine_kwargs",
     "log_memory",
     "overlap_rewards",
+    "reward_errors",
     "skip_zero_gradient_rows",
     "dynamic_sampling_rounds",
     "checkpointed_layers",

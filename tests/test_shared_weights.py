@@ -187,6 +187,11 @@ def test_weights_in_memory_of_others_are_copied_and_said(shared, caplog):
     layer.weight.data = view
 
 
+def test_no_memory_of_shared_weights_is_a_copy(shared):
+    _, engine = shared
+    assert engine.weights.copies() == {}
+
+
 def test_bf16_engine_shadows_fp32_weights(caplog):
     model = build("qwen3")
     with caplog.at_level(logging.WARNING):
@@ -195,6 +200,14 @@ def test_bf16_engine_shadows_fp32_weights(caplog):
         assert "the policy is float32, vLLM bfloat16" in caplog.text
         shadows = engine.shadows()
         assert set(shadows) == set(model.parameters())
+        # embedding and head are padded to 128 rows, of which the policy fills 97
+        filled = {weight for weight in model.parameters() if VOCABULARY not in weight.shape}
+        copies = engine.weights.copies()
+        assert sum(storage.nbytes() for storage in copies) == sum(weight.nbytes for weight in filled) // 2
+        addresses = {storage.data_ptr() for storage in copies}
+        assert {weight for weight in shadows if shadows[weight].untyped_storage().data_ptr() in addresses} == filled
+        links = {link.view.data_ptr() for links in copies.values() for link in links}
+        assert links == {shadows[weight].data_ptr() for weight in filled}
         tensors = engine_tensors(engine)
         assert all(is_inside(shadow, tensors) for shadow in shadows.values())
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
@@ -227,7 +240,7 @@ def test_weights_that_vllm_transforms_go_through_its_own_loader(monkeypatch, cap
         engine = start(model)
     try:
         assert "vLLM transforms weights after loading" in caplog.text
-        assert engine.shadows() == {}
+        assert engine.shadows() == engine.weights.copies() == {}
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
         for seed in range(2):
             before = engine.generate(PROMPTS, GREEDY).ids

@@ -59,23 +59,14 @@ def picky_reward(completions, target, **kwargs):
     return [None if t % 3 == 0 or len(text) < 2 else len(text) / 4 for text, t in zip(completions, target, strict=True)]
 
 
-def infinite_reward(completions, target, **kwargs):
-    """The worst for the longest completions of the even prompts."""
-    return [
-        -math.inf if len(text) > 4 and t % 2 == 0 else len(text) / 4
-        for text, t in zip(completions, target, strict=True)
-    ]
-
-
 @pytest.mark.parametrize(
     ("rewards", "settings"),
     [
         ([picky_reward], {}),
         ([picky_reward, digits_reward], {"multi_objective_aggregation": "normalize_then_sum"}),
         ([nothing_reward], {}),
-        ([infinite_reward], {}),
     ],
-    ids=["some rows", "some rows, GDPO", "all rows", "infinite"],
+    ids=["some rows", "some rows, GDPO", "all rows"],
 )
 def test_rows_without_a_usable_reward(tmp_path, rewards, settings):
     theirs = same(tmp_path, Script(rewards=rewards, settings=STEPS | settings, draw=written(TEXTS)))

@@ -129,6 +129,22 @@ class SharedWeights:
             if link is not None and not link.is_shared and link.view is not None and parameter is not None:
                 link.written = parameter._version
 
+    def copies(self) -> dict[torch.UntypedStorage, list[Link]]:
+        """The engine's memory that holds copies of weights and nothing else, with the links whose update fills it."""
+        if self.transformed:
+            return {}
+        pieces: dict[int, list[tuple[Link, Piece]]] = {}
+        for link in self._links.values():
+            for piece in link.pieces:
+                pieces.setdefault(storage_of(piece.target), []).append((link, piece))
+        found = {}
+        for held in pieces.values():
+            storage = held[0][1].target.untyped_storage()
+            is_full = sum(piece.target.nbytes for _, piece in held) == storage.nbytes()
+            if is_full and not any(link.is_shared for link, _ in held):
+                found[storage] = [link for link, _ in held]
+        return found
+
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Bring the engine's weights up to date with the policy's; `copied_bytes` says how much was copied for it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,18 @@ class KVReleasingCPUWorker(CPUWorker):
     model before `wake_up`.
     """
 
+    _before_step: Callable[[], None] | None = None
     _sizes: dict[torch.UntypedStorage, int]
+
+    def call_before_steps(self, before_step: Callable[[], None]) -> None:
+        """Have `before_step` called whenever the model is about to run."""
+        self._before_step = before_step
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's."""
+        if self._before_step is not None:
+            self._before_step()
+        return super().execute_model(*args, **kwargs)
 
     def sleep(self, level: int = 1) -> None:
         """Free the KV cache, whatever the level."""

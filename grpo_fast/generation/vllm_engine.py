@@ -43,7 +43,7 @@ from grpo_fast.generation.vllm_processes import (
 )
 from grpo_fast.generation.vllm_requests import request_seed, request_settings, runs_of_rows
 from grpo_fast.generation.vllm_sampler import report_policy_logps
-from grpo_fast.generation.vllm_sleep import KVCacheMemory, sleep_arguments
+from grpo_fast.generation.vllm_sleep import EngineMemory, fill_before_steps, sleep_arguments
 from grpo_fast.generation.vllm_start import (
     MAX_BATCHED_TOKENS,
     check_arguments,
@@ -114,7 +114,9 @@ class VLLMEngine(Engine):
             sampling: The run's own settings, used by `generate` unless it is given others; the attribute `sampling`.
             structured_outputs_regex: Completions match it; it wins over `structured_outputs` in `Sampling.extra`.
             trust_remote_code: Whether vLLM may run code that comes with the model.
-            enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`.
+            enable_sleep_mode: Whether the KV cache's memory is free outside of `awake`. On a CPU that of weights that
+                are the engine's own, such as bf16 copies of an fp32 policy, is free, too: they are copied from `model`
+                when they are first needed inside, and an optimizer writes none of them.
             vllm_engine_kwargs: More arguments of `vllm.LLM`; they win over all of the above. With `enable_lora=False`
                 LoRA adapters are added into copies of the weights.
             shows_progress: Whether each generation has a progress bar.
@@ -127,7 +129,7 @@ class VLLMEngine(Engine):
             EngineError: there is not enough memory; the message says which setting to change.
         """
         self._llm: Any = None
-        self._kv_cache: KVCacheMemory | None = None
+        self._memory: EngineMemory | None = None
         self._fault: str | None = None
         check_arguments(model, tensor_parallel_size, vllm_engine_kwargs or {})
         self.sampling = sampling
@@ -174,7 +176,9 @@ class VLLMEngine(Engine):
             self.adapter = self._lend_adapter(model)
             self._llm.collective_rpc(report_policy_logps)
             if enable_sleep_mode:
-                self._kv_cache = KVCacheMemory(self._llm)
+                self._memory = EngineMemory(self._llm, self.weights.copies() if self._on_cpu else {})
+            if self._releases_weights:
+                fill_before_steps(self._llm, weakref.WeakMethod(self._fill))
         except BaseException:
             self.close()
             raise
@@ -188,7 +192,7 @@ class VLLMEngine(Engine):
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        on_cpu = current_platform.is_cpu()
+        self._on_cpu = on_cpu = current_platform.is_cpu()
         if on_cpu:
             wanted = arguments | overrides | {"dtype": arguments["dtype"]}
             arguments |= cpu_arguments(base_model(self._live_model()).config, wanted)
@@ -301,6 +305,7 @@ class VLLMEngine(Engine):
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         is_seeded = requests[0].seed is not None
         with self.awake(), self._failing_once(), torch.random.fork_rng(devices=devices, enabled=is_seeded):
+            self._fill()
             outputs = run_requests(
                 self._llm,
                 [vllm_prompt(*row) for row, _ in groups],
@@ -315,24 +320,38 @@ class VLLMEngine(Engine):
         """See `Engine.awake`.
 
         Raises:
-            EngineError: the KV cache's memory could not be taken back; the engine is closed.
+            EngineError: its memory could not be taken back; the engine is closed.
         """
         self._check_open()
-        self.wake()
-        with nullcontext() if self._kv_cache is None else self._kv_cache.held():
+        self._take()
+        with nullcontext() if self._memory is None else self._memory.held():
             yield
 
     def wake(self) -> None:
-        """Take the KV cache's memory until the next `awake` or `generate` ends, for calls of `llm` itself.
+        """Take the engine's memory until the next `awake` or `generate` ends, for calls of `llm` itself.
 
         Raises:
             EngineError: it could not be taken back; the engine is closed.
         """
-        if self._kv_cache is not None:
+        self._take()
+        self._fill()
+
+    def _take(self) -> None:
+        if self._memory is not None:
             try:
-                self._kv_cache.take()
+                self._memory.take()
             except RuntimeError as error:
                 raise self._failed(explained_wake(self._arguments)) from error
+
+    def _fill(self) -> None:
+        """Copy the weights that were released, unless that has been done since."""
+        if self._memory is not None and self._memory.needs_weights:
+            self._copy_weights()
+
+    def _copy_weights(self) -> None:
+        self.weights.update(self._live_model())
+        if self._memory is not None:
+            self._memory.needs_weights = False
 
     @contextmanager
     def _failing_once(self) -> Iterator[None]:
@@ -358,28 +377,36 @@ class VLLMEngine(Engine):
     def update_weights(self, model: nn.Module) -> None:
         """Copy what of `model` the engine does not share, and forget the cached prefixes of the old weights.
 
+        Where the memory of the copies is free, they are made once it is taken, of the policy as it is then.
+
         Raises:
             ValueError: `model` runs an adapter that vLLM has no room for.
         """
         self._check_open()
         self._model = weakref.ref(model)
-        self.weights.update(model)
+        if self._memory is None or not self._memory.lacks_weights:
+            self._copy_weights()
         if self.adapter is not None:
             self.adapter.update(model)
         self._llm.reset_prefix_cache()
 
     @property
     def copied_bytes(self) -> int:
-        """What the last update copied: weights that are not shared, and adapters."""
+        """What was last copied: weights that are not shared, and adapters."""
         return self.weights.copied_bytes + (0 if self.adapter is None else self.adapter.copied_bytes)
 
     def shadows(self) -> dict[nn.Parameter, Tensor]:
-        """See `Engine.shadows`."""
-        return self.weights.shadows(self._live_model())
+        """See `Engine.shadows`; none where their memory is free while the optimizer steps."""
+        return {} if self._releases_weights else self.weights.shadows(self._live_model())
 
     def shadows_written(self) -> None:
         """See `Engine.shadows_written`."""
-        self.weights.shadows_written(self._live_model())
+        if not self._releases_weights:
+            self.weights.shadows_written(self._live_model())
+
+    @property
+    def _releases_weights(self) -> bool:
+        return self._memory is not None and self._memory.has_weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -392,7 +419,9 @@ class VLLMEngine(Engine):
         Raises:
             RuntimeError: naming the weights that differ.
         """
-        self.weights.check(self._live_model(), num_rows=CHECKED_ROWS, generator=self._checked)
+        with self.awake() if self._releases_weights else nullcontext():
+            self._fill()
+            self.weights.check(self._live_model(), num_rows=CHECKED_ROWS, generator=self._checked)
         if self.adapter is not None:
             self.adapter.check(self._live_model())
 
@@ -407,9 +436,9 @@ class VLLMEngine(Engine):
         A process group that was there before the engine stays, and must not end before it.
         """
         self._llm = self._group = None
-        if self._kv_cache is not None:
-            self._kv_cache.leave()
-            self._kv_cache = None
+        if self._memory is not None:
+            self._memory.leave()
+            self._memory = None
         self._running.stop()
 
     def _check_open(self) -> None:

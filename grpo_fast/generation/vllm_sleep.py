@@ -1,17 +1,23 @@
-"""The KV cache's memory: there while completions are generated, free while the trainer uses the device.
+"""The engine's memory: there while completions are generated, free while the trainer uses the device.
 
-The weights stay where they are; vLLM's own sleep would move them away or discard them.
+That is the KV cache, and on a CPU the engine's own copies of weights: a bf16 engine beside fp32 weights has half of
+them again, which the policy fills anew each time. Weights that the policy shares stay where they are, and so do all on
+a GPU, where CUDA graphs know their addresses; vLLM's own sleep would move them away or discard them.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from grpo_fast.generation.shared_weights import Link
+from grpo_fast.heap import trim_heap
 
 
 def sleep_arguments(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -47,24 +53,58 @@ def sleep_arguments(overrides: dict[str, Any]) -> dict[str, Any]:
     return {"enable_sleep_mode": True, "worker_cls": f"{package}.vllm_gpu_worker.ResidentWeightsWorker"}
 
 
-class KVCacheMemory:
+def fill_before_steps(llm: Any, fill: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Let vLLM's worker call `fill` before it runs its model, whoever asked it to."""
+
+    def before_step() -> None:
+        living = fill()
+        if living is not None:
+            living()
+
+    llm.collective_rpc("call_before_steps", args=(before_step,))
+
+
+class EngineMemory:
     """Taken by `take` or `held`, and free from the end of the outermost `held` on."""
 
-    def __init__(self, llm: Any) -> None:
-        """Release the KV cache of `llm`, which was started with `sleep_arguments`."""
+    def __init__(self, llm: Any, copies: dict[torch.UntypedStorage, list[Link]]) -> None:
+        """Release the memory.
+
+        Args:
+            llm: Was started with `sleep_arguments`.
+            copies: `SharedWeights.copies`, of which the policy fills what is released; {} releases no weights.
+        """
         self._llm: Any = llm
+        self._copies = [(storage, storage.nbytes(), links) for storage, links in copies.items()]
         self._num_holders = 0
         self._is_taken = True
+        # whether their memory is taken, but has not been filled
+        self.needs_weights = False
         self._release()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights are released with it."""
+        return bool(self._copies)
+
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether weights are released at present."""
+        return self.has_weights and not self._is_taken
 
     def take(self) -> None:
         """Take the memory if it is free; what it held before is gone, cached prefixes too."""
         if self._is_taken:
             return
+        for storage, size, _ in self._copies:
+            storage.resize_(size)
+        # what the allocators keep for themselves after training, and the weights have not been put into
         if torch.cuda.is_available():
-            # what torch's allocator keeps for itself after training
             torch.cuda.empty_cache()
+        elif self.has_weights:
+            trim_heap()
         self._llm.wake_up()
+        self.needs_weights = self.has_weights
         self._is_taken = True
 
     @contextmanager
@@ -87,4 +127,8 @@ class KVCacheMemory:
         if self._llm is not None:
             # level 1 would move weights in vLLM's pool to the host: none are there
             self._llm.sleep(level=1)
-            self._is_taken = False
+            for storage, _, links in self._copies:
+                storage.resize_(0)
+                for link in links:
+                    link.written = None
+            self._is_taken = self.needs_weights = False

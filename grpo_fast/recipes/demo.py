@@ -70,6 +70,8 @@ PRESETS = {
             "bf16": True,
             # the longest prompt has 41 tokens; vLLM sizes its cache by this
             "vllm_max_model_length": 96,
+            # nothing generates while the policy trains
+            "vllm_enable_sleep_mode": True,
         },
     ),
     "smoke": Preset(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from grpo_fast import loading
 from grpo_fast.config import GRPOConfig
 from grpo_fast.data import check_dataset
 from grpo_fast.recipes.settings import check_keys, config_fields, convert_settings
+from grpo_fast.rewards.registry import make_reward
 from grpo_fast.trainer import GRPOTrainer
 
 # what a run needs besides the fields of GRPOConfig
@@ -57,22 +57,14 @@ def make_trainer(path: str | Path, flags: Mapping[str, object]) -> GRPOTrainer:
             there; before any weights are read.
     """
     path = Path(path)
-    settings = read_settings(path)
-    known = [*RUN_KEYS, *config_fields()]
-    check_keys(settings, known, where=str(path))
-    check_keys(flags, known, where="the flags of `grpo-fast train`")
-    settings = {"output_dir": f"runs/{path.stem}", **settings, **flags}
-    run: dict[str, Any] = {key: settings.pop(key, None) for key in RUN_KEYS}
-    for key in ("model", "dataset", "rewards"):
-        if not run[key]:
-            raise ValueError(f"{path} needs a setting `{key}`")
+    run, settings = read_run(path, flags, needed=("model", "dataset", "rewards"))
     args = GRPOConfig(**convert_settings(settings))
     reward_funcs = resolve_rewards(run["rewards"], [path.parent, Path.cwd()])
     peft_config = None if run["peft"] is None else make_peft_config(run["peft"])
     model = str(run["model"])
     loading.load_config(model, args)
-    train_dataset = _dataset(run, "dataset", path.parent, default_split="train")
-    eval_dataset = _dataset(run, "eval_dataset", path.parent, default_split="test")
+    train_dataset = read_dataset(run, "dataset", path.parent, default_split="train")
+    eval_dataset = read_dataset(run, "eval_dataset", path.parent, default_split="test")
     return GRPOTrainer(
         model=model,
         reward_funcs=reward_funcs,
@@ -81,6 +73,26 @@ def make_trainer(path: str | Path, flags: Mapping[str, object]) -> GRPOTrainer:
         eval_dataset=eval_dataset,
         peft_config=peft_config,
     )
+
+
+def read_run(
+    path: Path, flags: Mapping[str, object], *, needed: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the file says besides the fields of GRPOConfig, and those fields; `flags` win over the file.
+
+    Raises:
+        ValueError: If the file cannot be read, a setting is unknown or one of `needed` is not there.
+    """
+    settings = read_settings(path)
+    known = [*RUN_KEYS, *config_fields()]
+    check_keys(settings, known, where=str(path))
+    check_keys(flags, known, where="the flags of `grpo-fast train`")
+    settings = {"output_dir": f"runs/{path.stem}", **settings, **flags}
+    run: dict[str, Any] = {key: settings.pop(key, None) for key in RUN_KEYS}
+    for key in needed:
+        if not run[key]:
+            raise ValueError(f"{path} needs a setting `{key}`")
+    return run, settings
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -97,35 +109,18 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def resolve_rewards(names: object, folders: list[Path]) -> list[Callable[..., Any]]:
-    """The functions that `module:function` names stand for.
+    """The functions that the setting `rewards` stands for.
 
     Args:
-        names: One name or a list of them.
+        names: One reward or a list of them, each as `grpo_fast.rewards.registry.make_reward` takes it.
         folders: Put in front of `sys.path`, where the modules stay importable.
 
     Raises:
-        ValueError: For a name of another form, a module or function that is not there, or something not callable.
+        ValueError: As `make_reward`.
     """
     listed = names if isinstance(names, list) else [names]
     sys.path[:0] = [str(folder.resolve()) for folder in folders if str(folder.resolve()) not in sys.path]
-    return [_resolve_reward(name) for name in listed]
-
-
-def _resolve_reward(name: object) -> Callable[..., Any]:
-    module_name, colon, function_name = str(name).partition(":")
-    if not isinstance(name, str) or not (module_name and colon and function_name):
-        raise ValueError(f"rewards must be written module:function, one is {name!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"rewards: {name!r} cannot be imported: {error}") from error
-    if not hasattr(module, function_name):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"rewards: module {module_name!r} has no {function_name!r}; it has {', '.join(functions)}")
-    function = getattr(module, function_name)
-    if not callable(function):
-        raise ValueError(f"rewards: {name!r} is not a function, it is {type(function).__name__}")
-    return function
+    return [make_reward(name) for name in listed]
 
 
 def make_peft_config(settings: object) -> Any:
@@ -140,7 +135,12 @@ def make_peft_config(settings: object) -> Any:
     return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
 
 
-def _dataset(run: dict[str, Any], key: str, folder: Path, *, default_split: str) -> Dataset | None:
+def read_dataset(run: dict[str, Any], key: str, folder: Path, *, default_split: str) -> Dataset | None:
+    """The data set that the setting `key` names, None if there is none; a file is looked for in `folder` first.
+
+    Raises:
+        ValueError: If it is not there or has no prompts.
+    """
     name, config, split = run[key], run[f"{key}_config"], run[f"{key}_split"]
     if name is None:
         return None

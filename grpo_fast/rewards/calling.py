@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_fast.event_loop import run_coroutine
+from grpo_fast.rewards.marks import DROP, callable_name, is_async
+
+__all__ = [
+    "DROP",
+    "RewardCall",
+    "call",
+    "call_async",
+    "callable_name",
+    "checked",
+    "column",
+    "failure",
+    "gather",
+    "is_async",
+]
+
+logger = logging.getLogger(__name__)
+
+# `DROP` in a tensor of rewards; the infinities of functions are refused
+DROPPED = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +45,14 @@ class RewardCall:
         shared: Keyword arguments that belong to the batch as a whole, such as `trainer_state`.
         step: The optimizer step, for error messages.
         first_row: A group's place in the batch, for error messages; None for a batch.
+        errors: `GRPOConfig.reward_errors`.
     """
 
     rows: Mapping[str, Sequence[Any]]
     shared: dict[str, Any]
     step: int
     first_row: int | None = None
+    errors: str = "raise"
 
     @property
     def num_rows(self) -> int:
@@ -40,8 +61,11 @@ class RewardCall:
 
     def row(self, index: int) -> RewardCall:
         """The same call for one completion."""
-        rows = {name: [values[index]] for name, values in self.rows.items()}
-        return RewardCall(rows=rows, shared=self.shared, step=self.step)
+        return replace(self.of_rows([index]), first_row=None)
+
+    def of_rows(self, indices: Sequence[int]) -> RewardCall:
+        """The same call for some of the completions."""
+        return replace(self, rows={name: [values[i] for i in indices] for name, values in self.rows.items()})
 
     def of(self, function: Callable[..., Any]) -> Any:
         """What `function` returns for this batch."""
@@ -51,18 +75,24 @@ class RewardCall:
 def call(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
     """Score a batch with one function.
 
+    With `batch.errors == "none"` a completion on which the function raises, or for which it returns NaN or an infinity,
+    has the reward None, and the share of them is logged as `rewards/<name>/error`. To find the completions on which it
+    raises, it is called with each alone, and then once with the others; if it fails still, all of them have None.
+
     Args:
         function: Takes the keyword arguments of `batch` and returns one number or None a completion.
         name: What errors call it.
         batch: The completions.
 
     Returns:
-        [num_rows] fp32, NaN where the function returned None.
+        [num_rows] fp32, NaN where the function returned None, an infinity where it returned `DROP`.
 
     Raises:
         RuntimeError: If the function raises; names the function, the step and, if one row alone raises, the row.
-        ValueError: If it returns something other than one number or None a completion.
+        ValueError: If it returns something other than one finite number or None a completion.
     """
+    if batch.errors == "none":
+        return _run_at_once(_forgiving(function, name, batch))
     try:
         values = batch.of(function)
     except Exception as error:
@@ -72,11 +102,110 @@ def call(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
 
 async def call_async(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
     """As `call`, for an async function; an error does not say which row raised."""
+    if batch.errors == "none":
+        return await _forgiving(function, name, batch)
     try:
         values = await batch.of(function)
     except Exception as error:
         raise failure(name, batch, error) from error
     return column(values, name, batch)
+
+
+async def _forgiving(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
+    """`call` with None in the place of errors; suspends only where the function does."""
+    logged: set[str] = set()
+    batch = _watched(batch, logged)
+    try:
+        rewards = column(await _attempt(function, batch), name, batch)
+    except ValueError:
+        # what is wrong with the list as a whole is wrong in every batch
+        raise
+    except _RaisedError as raised:
+        logger.warning("%s; its reward is None", failure(name, batch, raised.error))
+        rewards = await _without_raising_rows(function, name, batch)
+    num_errors = int(rewards.isneginf().sum())
+    rewards[rewards.isneginf()] = math.nan
+    metric = f"rewards/{name}/error"
+    if "log_metric" in batch.shared and (num_errors or metric not in logged):
+        batch.shared["log_metric"](metric, num_errors / batch.num_rows)
+    return rewards
+
+
+class _RaisedError(Exception):
+    """A reward function raised `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+async def _attempt(function: Callable[..., Any], batch: RewardCall) -> Any:
+    try:
+        values = batch.of(function)
+        return await values if inspect.isawaitable(values) else values
+    except Exception as error:
+        raise _RaisedError(error) from error
+
+
+async def _without_raising_rows(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
+    """[num_rows] fp32 with -inf where the function raises."""
+    rewards = torch.full((batch.num_rows,), -math.inf)
+    # called for its errors only: what it logs would count twice
+    silent = replace(batch, shared=batch.shared | {"log_metric": _ignore, "log_extra": _ignore})
+    kept = []
+    for row in range(batch.num_rows):
+        try:
+            await _attempt(function, silent.row(row))
+            kept.append(row)
+        except _RaisedError:
+            pass
+    if 0 < len(kept) < batch.num_rows:
+        try:
+            part = _spread_extra(batch.of_rows(kept), kept, batch.num_rows)
+            rewards[kept] = column(await _attempt(function, part), name, part)
+        except _RaisedError as raised:
+            logger.warning("%s, also without the rows that raise alone", failure(name, batch, raised.error))
+    return rewards
+
+
+def _ignore(name: str, value: Any) -> None:
+    """Takes the place of `log_metric` and `log_extra`."""
+
+
+def _watched(batch: RewardCall, logged: set[str]) -> RewardCall:
+    log_metric = batch.shared.get("log_metric")
+    if log_metric is None:
+        return batch
+
+    def watching(name: str, value: float) -> None:
+        logged.add(name)
+        log_metric(name, value)
+
+    return replace(batch, shared=batch.shared | {"log_metric": watching})
+
+
+def _spread_extra(part: RewardCall, kept: list[int], num_rows: int) -> RewardCall:
+    """`part` with a `log_extra` that puts None beside the rows that were left out."""
+    log_extra = part.shared.get("log_extra")
+    if log_extra is None:
+        return part
+
+    def spreading(column: str, values: list[Any]) -> None:
+        by_row = dict(zip(kept, values, strict=False))
+        log_extra(column, [by_row.get(row) for row in range(num_rows)])
+
+    return replace(part, shared=part.shared | {"log_extra": spreading})
+
+
+def _run_at_once(coroutine: Coroutine[Any, Any, Tensor]) -> Tensor:
+    """The result of a coroutine that never suspends, without an event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: Tensor = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a reward function returned an awaitable; declare it with `async def`")
 
 
 def gather(coroutines: Sequence[Coroutine[Any, Any, Tensor]]) -> list[Tensor]:
@@ -102,7 +231,11 @@ def failure(name: str, batch: RewardCall, error: Exception, row: int | None = No
 
 
 def column(values: Any, name: str, batch: RewardCall) -> Tensor:
-    """What a reward function returned for `batch` as [num_rows] fp32, NaN for None; ValueError as in `call`."""
+    """What a reward function returned for `batch` as [num_rows] fp32: NaN for None, `DROPPED` for `DROP`.
+
+    Raises:
+        ValueError: As in `call`; with `batch.errors == "none"` numbers that are not finite become -inf instead.
+    """
     if isinstance(values, Tensor):
         values = values.flatten().tolist()
     if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
@@ -119,7 +252,33 @@ def column(values: Any, name: str, batch: RewardCall) -> Tensor:
     for row, value in enumerate(values, batch.first_row or 0):
         if isinstance(value, str):
             raise ValueError(f"reward function {name!r} returned the string {value!r:.100} for row {row}")
-    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float32)
+    numbers = [None if value is None else value if value is DROP else float(value) for value in values]
+    for row, value in enumerate(numbers):
+        if value is not None and value is not DROP and not math.isfinite(value):
+            if batch.errors != "none":
+                raise ValueError(_not_finite(name, batch, row, value))
+            numbers[row] = -math.inf
+    return torch.tensor(
+        [math.nan if value is None else DROPPED if value is DROP else value for value in numbers], dtype=torch.float32
+    )
+
+
+def checked(scores: Tensor, name: str, batch: RewardCall) -> Tensor:
+    """A reward model's scores, [num_rows] fp32 on the host, as `column` gives a function's, errors counted."""
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad and batch.errors != "none":
+        raise ValueError(_not_finite(name, batch, bad[0], float(scores[bad[0]])))
+    if batch.errors == "none" and "log_metric" in batch.shared:
+        batch.shared["log_metric"](f"rewards/{name}/error", len(bad) / batch.num_rows)
+    return scores.masked_fill(~scores.isfinite(), math.nan)
+
+
+def _not_finite(name: str, batch: RewardCall, row: int, value: float) -> str:
+    return (
+        f"reward function {name!r} returned {value} at step {batch.step} for row {(batch.first_row or 0) + row}, "
+        f"completion {batch.rows['completions'][row]!r:.300}; a reward must be a finite number, or None where the "
+        "function does not apply"
+    )
 
 
 def _raising_row(function: Callable[..., Any], batch: RewardCall) -> int | None:
@@ -130,17 +289,3 @@ def _raising_row(function: Callable[..., Any], batch: RewardCall) -> int | None:
         except Exception:
             return row
     return None
-
-
-def callable_name(function: Any) -> str:
-    """A function's name in the metrics: that of the function inside a `partial`, or of an object's class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-def is_async(function: Any) -> bool:
-    """Whether calling `function` gives a coroutine, also through `partial` and callable objects."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - the method is inspected, not tested for

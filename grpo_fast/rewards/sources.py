@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_fast.config import GRPOConfig
-from grpo_fast.rewards.calling import callable_name
+from grpo_fast.rewards.marks import callable_name
 from grpo_fast.rewards.models import (
     check_reward_model,
     load_reward_model,

@@ -35,6 +35,7 @@ from grpo_fast.trainer.names import *  # noqa: F403 - scripts import them from T
 from grpo_fast.trainer.optimizers import OptimizerTrainer
 from grpo_fast.trainer.refilling import RefillTrainer
 from grpo_fast.trainer.reporting import ReportingTrainer
+from grpo_fast.trainer.step_memory import StepMemoryTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +50,7 @@ RolloutFunc = Callable[[list[Any], "GRPOTrainer"], dict[str, Any]]
 EnvironmentFactory = Callable[[], SupportsReset]
 
 
-class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer):
+class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer, StepMemoryTrainer):
     """Group Relative Policy Optimization (DeepSeekMath, arXiv:2402.03300) with TRL 1.16's arguments and numbers.
 
     Args:
@@ -314,7 +315,7 @@ class GRPOTrainer(RefillTrainer, OptimizerTrainer, DataTrainer, ReportingTrainer
         """As `Trainer.train`; Ctrl-C or SIGTERM finishes the step and leaves a checkpoint."""
         # an earlier run may have ended within a generation batch
         self._step, self._buffered_inputs, self._running = 0, None, None
-        with self._interrupt.installed():
+        with self._interrupt.installed(), self._small_steps():
             return super().train(*args, **kwargs)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from grpo_fast.data import is_conversational
 from grpo_fast.profiling import profiling_context, profiling_decorator, report_seconds
 from grpo_fast.reference import inference_config
-from grpo_fast.rewards.calling import RewardCall, call, call_async, failure, gather, is_async
+from grpo_fast.rewards.calling import RewardCall, call, call_async, checked, failure, gather, is_async
 from grpo_fast.rewards.early import EarlyRewards
 from grpo_fast.rewards.models import MAX_TOKENS, longest_text, reward_texts, score_texts
 from grpo_fast.trainer.base import BaseTrainer
@@ -78,12 +78,13 @@ class RewardTrainer(BaseTrainer):
             completion_ids_list: The completions' tokens.
 
         Returns:
-            [N, functions] fp32 on the run's device, N over all processes; NaN where a function did not apply.
+            [N, functions] fp32 on the run's device, N over all processes; NaN where a function did not apply, and for
+            all functions where one returned `DROP`.
 
         Raises:
             RuntimeError: If a function raises; names the function, the step and, if it can be told, the row.
-            ValueError: If a function returns something other than one number or None a completion, or the lists of
-                functions, names and processing classes differ in length.
+            ValueError: If a function returns something other than one finite number or None a completion, or the lists
+                of functions, names and processing classes differ in length.
         """
         batch = self._reward_call(inputs, prompts, completions, completion_ids_list)
         columns = {} if self._early_rewards is None else self._early_columns(self._early_rewards, batch)
@@ -101,6 +102,8 @@ class RewardTrainer(BaseTrainer):
                     columns[i] = call(function, name, batch)
         columns |= zip(pending, gather(list(pending.values())), strict=True)
         rewards = torch.stack([columns[i] for i in sorted(columns)], dim=1)
+        # one function's DROP: no other scores the completion either
+        rewards[rewards.isinf().any(dim=1)] = math.nan
         self._warn_of_unscored(rewards, batch)
         return self.accelerator.gather(rewards.to(self.accelerator.device))
 
@@ -126,6 +129,7 @@ class RewardTrainer(BaseTrainer):
             },
             step=self.state.global_step,
             first_row=first_row,
+            errors=self.args.reward_errors,
         )
 
     def _early_columns(self, early: EarlyRewards, batch: RewardCall) -> dict[int, Tensor]:
@@ -170,9 +174,10 @@ class RewardTrainer(BaseTrainer):
                 torch.tensor([longest_text(texts, processing_class)], device=device)
             ).max()
             rows_per_batch = max(1, MAX_TOKENS // max(1, int(longest)))
-            return score_texts(model, processing_class, texts, rows_per_batch=rows_per_batch, device=device)
+            scores = score_texts(model, processing_class, texts, rows_per_batch=rows_per_batch, device=device)
         except Exception as error:
             raise failure(name, batch, error) from error
+        return checked(scores, name, batch)
 
     def _warn_of_unscored(self, rewards: Tensor, batch: RewardCall) -> None:
         unscored = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
