@@ -22,8 +22,8 @@ class CosineLength:
 
     A right completion falls from `max_value_correct` to `min_value_correct`, a wrong one rises from `min_value_wrong`
     to `max_value_wrong`; beyond L = `max_len` both stay where they are. `exceeded` is the paper's r_e, which it gives
-    to completions that reach L, right or wrong; None, TRL's, gives them the value at L. None where it is not known what is
-    right.
+    to completions that reach L, right or wrong; None, TRL's, gives them the value at L. The reward is None where it is
+    not known what is right.
     """
 
     def __init__(

@@ -110,6 +110,26 @@ def reasoning_of(text: str) -> str:
     return parts.thought if parts.is_ended or parts.thought else parts.summary
 
 
+def summary_of(completion: Any, *, is_begun: bool = False) -> str | None:
+    """What a completion says after its last `</think>`, without spaces at its ends.
+
+    Args:
+        completion: Text or messages; of messages the last one of the assistant.
+        is_begun: The prompt has opened the thought.
+
+    Returns:
+        All of it where there are no tags; None where the thought is not ended.
+    """
+    if not isinstance(completion, str):
+        own = [message for message in completion if message.get("role") in (None, "assistant")]
+        completion = _message_text(own[-1]) if own else ""
+        # a parser has taken the thought out
+        is_begun = is_begun and not (own and (own[-1].get("reasoning_content") or own[-1].get("thinking")))
+    parts = split_thought(completion, is_begun=is_begun)
+    is_open = not parts.is_ended and (is_begun or THINK_START in completion)
+    return None if is_open or THINK_START in parts.summary else parts.summary.strip()
+
+
 def is_visible(text: str) -> bool:
     """Whether there is anything in a text that can be seen: not only spaces, zero-width and control characters."""
     # most texts begin with one that can
