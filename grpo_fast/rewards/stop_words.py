@@ -23,7 +23,8 @@ STOP_WORDS: Final[dict[str, frozenset[str]]] = {
         " therefore both give given means equal equals answer check wait okay ok hmm yes think thinking try next"
         " finally second same very find compute calculate solve step steps right wrong actually maybe again"
         " number another die war hat art gut bald per pour don't doesn't isn't can't that's it's"
-        " prove show determine evaluate simplify let's i'm we'll we're i'll you're what's how's has have having does done being while whose why"
+        " prove show determine evaluate simplify let's i'm we'll we're i'll you're what's"
+        " how's has have having does done being while whose why"
     ),
     "de": _words(
         "löse lösen zeige gegeben wieviel welche welcher welches "
