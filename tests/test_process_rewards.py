@@ -156,6 +156,24 @@ def test_groups_that_are_scored_early_keep_their_steps():
     assert results == [[[[(1, 0.0)], []], [[(1, 2.0)], []]]] * 2
 
 
+def test_a_batch_of_groups_that_were_scored_early(tmp_path):
+    trainer, _ = run(tmp_path, [outcome, given], STEPS, SCORES, max_steps=1)
+    ids = completions_of(0)
+    inputs = [{"prompt": PROMPTS[i // G], "steps": STEPS[i], "score": SCORES[i]} for i in range(8)]
+    prompts, texts = [row["prompt"] for row in inputs], [""] * 8
+    with EarlyRewards({1: (given, "given")}, torch.device("cpu")) as early:
+        for part in (slice(4, 8), slice(0, 4)):
+            group = trainer._reward_call(inputs[part], prompts[part], texts[part], ids[part], first_row=part.start)
+            early.submit(group)
+        trainer._early_rewards = early
+        rewards = trainer._calculate_rewards(inputs, prompts, texts, ids)
+    trainer._early_rewards = None
+    assert trainer._steps == {"given": STEPS}
+    torch.testing.assert_close(
+        rewards[:, 1].tolist(), [math.nan if not s else mean_of(s) for s in STEPS], equal_nan=True
+    )
+
+
 def test_steps_of_texts():
     tokenizer = make_tokenizer()
     texts = ["ab\n\ncd\n\n", "\n\nab", "", "a\nb", "a\n\n\n\nb\n\n"]

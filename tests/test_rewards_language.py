@@ -58,7 +58,11 @@ COUNTS = [
     ("ar", "ابتدا مجموع اعداد را محاسبه می‌کنیم.", 0, 6),
     # no evidence: the clause before decides, or else the language that is asked for
     ("en", "Donc la somme est grande, vraiment énorme.", 0, 7),
+    ("en", "Donc la somme est grande, juste comble", 0, 7),
     ("en", "Apfel birne kirsche", 3, 3),
+    # one word in more than five
+    ("en", "squares cubes primes factors terms dans", 6, 6),
+    ("en", "squares dans primes", 0, 3),
     # English words that are others' function words
     ("en", "roll a die", 2, 2),
     ("en", "she was a man of art and war", 7, 7),

@@ -169,7 +169,7 @@ def test_lengths_and_repetition_as_trls():
 
 def test_cosine_length_is_eq_of_its_paper_clamped():
     reward = CosineLength(100, column="is_right")
-    lengths = [0, 50, 100, 300] * 2
+    lengths = [0, 50, 100, 250] * 2
     rows = {"completions": [""] * 8, "completion_ids": [[1] * n for n in lengths]}
     values = reward(**rows, is_right=[True] * 4 + [0.0] * 4)
     assert values == pytest.approx([1, 0.75, 0.5, 0.5, -1, -0.75, -0.5, -0.5])
@@ -192,6 +192,8 @@ def test_group_length_is_of_each_group():
         right=[1, 0, 0, 1, 0, None, 1],
     )
     assert values == [0.5, 0.0, -0.5, 0.0, 0.0, None, -0.5]
+    wrong = reward(prompts=["a"] * 2, completions=[""] * 2, completion_ids=[[1], [1, 1]], right=[0, 1])
+    assert wrong == [0.0, -0.5]
     assert groups_of(["a"] * 5, 2) == [range(2), range(2, 4), range(4, 5)]
     assert groups_of([]) == []
 
