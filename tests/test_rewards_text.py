@@ -13,6 +13,7 @@ from grpo_fast.rewards.reasoning import ReasoningSteps
 from grpo_fast.rewards.shaping import CosineLength, GroupLength, RepetitionPenalty, SoftOverlong
 from grpo_fast.rewards.texts import completion_text, groups_of, split_thought, template_opens_thought
 from tests.tiny_lm import CHAT_TEMPLATE, make_tokenizer
+from tests.trainer_runs import both
 
 GOOD = "<think>2 + 2 is 4</think><answer>4</answer>"
 
@@ -296,3 +297,22 @@ def test_multiple_choice(text, option):
 )
 def test_gold_of_multiple_choice(gold, expected):
     assert MultipleChoice(choices="choices")(["(B)"], solution=[gold], choices=[PLACES]) == [expected]
+
+
+@pytest.mark.trl
+def test_they_run_in_both_trainers_and_say_the_same(tmp_path):
+    rewards = (
+        Format(),
+        TagCount(),
+        ReasoningSteps(),
+        CosineLength(9, column="target"),
+        GroupLength(column="target", num_generations=4),
+        RepetitionPenalty(ngram_size=1),
+        SoftOverlong(9, 6),
+        LanguageConsistency("en"),
+    )
+    ours, _ = both(tmp_path, rewards=rewards, max_steps=1)
+    line = ours.state.log_history[0]
+    assert {f"rewards/{reward.__name__}/mean" for reward in rewards} <= set(line)
+    assert line["rewards/language_consistency/unknown_language"] == 0
+    assert line["reward_std"] > 0
