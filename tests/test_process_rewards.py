@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from grpo_fast import GRPOConfig, GRPOTrainer
-from grpo_fast.rewards.calling import RewardCall, call, call_async, gather
+from grpo_fast.rewards.calling import DROP, DROPPED, RewardCall, call, call_async, gather
 from grpo_fast.rewards.early import EarlyRewards
 from grpo_fast.rewards.steps import StepScorer, mean_of, parsed_steps, process_reward, returns_steps
 from grpo_fast.step_advantages import step_advantages
@@ -115,6 +115,31 @@ def test_a_call_gives_the_mean_and_keeps_the_steps():
         assert batch.steps == {"given": [[(1, 1.0), (3, 0.0)], [], [], [(2, -1.0)]]}
     assert mean_of([]) is None
     assert not returns_steps(outcome)
+
+
+def test_drop_and_errors_that_are_forgiven():
+    batch = batch_of([[1, 2]] * 2, [DROP, [(1, 3.0)]])
+    assert call(given, "given", batch).tolist() == [DROPPED, 3.0]
+    assert batch.steps == {"given": [[], [(1, 3.0)]]}
+
+    @process_reward
+    def fails_on_c(completions, steps, **kwargs):
+        if "c" in completions:
+            raise ZeroDivisionError
+        return steps
+
+    rows = {"completions": list("abcd"), "completion_ids": [[1]] * 4, "steps": [[(1, i)] for i in range(4)]}
+    batch = RewardCall(rows=rows, shared={}, step=0, errors="none", steps={"given": []})
+    assert call(fails_on_c, "given", batch).nan_to_num(nan=-1).tolist() == [0, 1, -1, 3]
+    assert batch.steps == {"given": [[(1, 0.0)], [(1, 1.0)], [], [(1, 3.0)]]}
+
+    @process_reward
+    def fails(completions, steps, **kwargs):
+        raise ZeroDivisionError
+
+    batch = RewardCall(rows=rows, shared={}, step=0, errors="none", steps={"given": []})
+    assert call(fails, "given", batch).isnan().all()
+    assert batch.steps == {"given": [[]] * 4}
 
 
 @pytest.mark.parametrize(
@@ -388,6 +413,15 @@ def test_steps_alone_and_some_that_do_not_apply(tmp_path):
     assert line["frac_reward_zero_std"] == 0
     shown = sorted(trainer._logs["advantages"])
     assert shown == pytest.approx(sorted(sum(row) / len(row) for row in advantages), abs=1e-5)
+
+
+def test_a_dropped_completion_leaves_the_mean_of_its_groups_steps(tmp_path):
+    steps, scores = [*STEPS], [*SCORES]
+    scores[4] = scores[5] = DROP
+    trainer, recorder = run(tmp_path, [outcome, given], steps, scores)
+    kept = [[] if i in (4, 5) else row for i, row in enumerate(steps)]
+    advantages = expected_advantages(kept, [None if score is DROP else score for score in scores])
+    assert_gradients(recorder, 0, advantages, trainer.args)
 
 
 def test_a_group_of_equal_steps_and_outcomes_is_silent(tmp_path):

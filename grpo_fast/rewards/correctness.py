@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_fast.event_loop import run_coroutine
-from grpo_fast.rewards.calling import callable_name, is_async
+from grpo_fast.rewards.marks import callable_name, is_async
 
 
 class Correctness:
