@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_fast.event_loop import run_coroutine
 from grpo_fast.rewards.marks import DROP, callable_name, is_async
+from grpo_fast.rewards.steps import Steps, mean_of, parsed_steps
 
 __all__ = [
     "DROP",
@@ -46,6 +47,7 @@ class RewardCall:
         step: The optimizer step, for error messages.
         first_row: A group's place in the batch, for error messages; None for a batch.
         errors: `GRPOConfig.reward_errors`.
+        steps: The names of the functions that give rewards of steps; each call puts them here, a list a row.
     """
 
     rows: Mapping[str, Sequence[Any]]
@@ -53,6 +55,7 @@ class RewardCall:
     step: int
     first_row: int | None = None
     errors: str = "raise"
+    steps: dict[str, list[Steps]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -150,6 +153,8 @@ async def _attempt(function: Callable[..., Any], batch: RewardCall) -> Any:
 async def _without_raising_rows(function: Callable[..., Any], name: str, batch: RewardCall) -> Tensor:
     """[num_rows] fp32 with -inf where the function raises."""
     rewards = torch.full((batch.num_rows,), -math.inf)
+    if name in batch.steps:
+        batch.steps[name] = [[] for _ in range(batch.num_rows)]
     # called for its errors only: what it logs would count twice
     silent = replace(batch, shared=batch.shared | {"log_metric": _ignore, "log_extra": _ignore})
     kept = []
@@ -163,6 +168,9 @@ async def _without_raising_rows(function: Callable[..., Any], name: str, batch: 
         try:
             part = _spread_extra(batch.of_rows(kept), kept, batch.num_rows)
             rewards[kept] = column(await _attempt(function, part), name, part)
+            if name in batch.steps:
+                of_kept = dict(zip(kept, batch.steps[name], strict=True))
+                batch.steps[name] = [of_kept.get(row, []) for row in range(batch.num_rows)]
         except _RaisedError as raised:
             logger.warning("%s, also without the rows that raise alone", failure(name, batch, raised.error))
     return rewards
@@ -236,6 +244,8 @@ def column(values: Any, name: str, batch: RewardCall) -> Tensor:
     Raises:
         ValueError: As in `call`; with `batch.errors == "none"` numbers that are not finite become -inf instead.
     """
+    if name in batch.steps:
+        values = _means_of_steps(values, name, batch)
     if isinstance(values, Tensor):
         values = values.flatten().tolist()
     if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
@@ -261,6 +271,17 @@ def column(values: Any, name: str, batch: RewardCall) -> Tensor:
     return torch.tensor(
         [math.nan if value is None else DROPPED if value is DROP else value for value in numbers], dtype=torch.float32
     )
+
+
+def _means_of_steps(values: Any, name: str, batch: RewardCall) -> list[float | None]:
+    """What a process reward returned, with its steps put into `batch.steps`."""
+    if hasattr(values, "__iter__") and not isinstance(values, str | dict):
+        values = list(values)
+        given: list[Any] = [None if value is DROP else value for value in values]
+    else:
+        given = values
+    steps = batch.steps[name] = parsed_steps(given, name, batch.rows["completion_ids"], batch.first_row or 0)
+    return [DROP if value is DROP else mean_of(some) for value, some in zip(values, steps, strict=True)]
 
 
 def checked(scores: Tensor, name: str, batch: RewardCall) -> Tensor:

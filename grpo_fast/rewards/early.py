@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_fast.event_loop import start_coroutine
 from grpo_fast.rewards.calling import RewardCall, call, call_async, is_async
+from grpo_fast.rewards.steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,14 @@ class Score:
         seconds: How long it took.
         extra: What it gave to `log_extra`, by column.
         metrics: What it gave to `log_metric`, in order.
+        steps: The steps of each completion, if it gives rewards of steps.
     """
 
     rewards: Tensor
     seconds: float
     extra: dict[str, list[Any]]
     metrics: list[tuple[str, Any]]
+    steps: list[Steps] | None = None
 
 
 class EarlyRewards:
@@ -117,10 +120,14 @@ class _CallLog:
 def _score(function: Callable[..., Any], name: str, group: RewardCall) -> Score:
     log, start = _CallLog(), time.perf_counter()
     rewards = call(function, name, log.given_to(group))
-    return Score(rewards=rewards, seconds=time.perf_counter() - start, extra=log.extra, metrics=log.metrics)
+    return _scored(rewards, time.perf_counter() - start, log, group.steps.get(name))
 
 
 async def _score_async(function: Callable[..., Any], name: str, group: RewardCall) -> Score:
     log, start = _CallLog(), time.perf_counter()
     rewards = await call_async(function, name, log.given_to(group))
-    return Score(rewards=rewards, seconds=time.perf_counter() - start, extra=log.extra, metrics=log.metrics)
+    return _scored(rewards, time.perf_counter() - start, log, group.steps.get(name))
+
+
+def _scored(rewards: Tensor, seconds: float, log: _CallLog, steps: list[Steps] | None) -> Score:
+    return Score(rewards=rewards, seconds=seconds, extra=log.extra, metrics=log.metrics, steps=steps)

@@ -13,13 +13,27 @@ from typing import Any
 # Of the functions that take rewards, the arguments that name rewards
 REWARDS: dict[str, str] = {
     "accuracy": "grpo_fast.rewards.math.accuracy:Accuracy",
+    "code": "grpo_fast.rewards.code:Code",
+    "cosine_length": "grpo_fast.rewards.shaping:CosineLength",
+    "format": "grpo_fast.rewards.format:Format",
     "gate": "grpo_fast.rewards.compose:gate",
+    "group_length": "grpo_fast.rewards.shaping:GroupLength",
     "in_pool": "grpo_fast.rewards.pooled:in_pool",
+    "judge": "grpo_fast.rewards.judge:Judge",
+    "language_consistency": "grpo_fast.rewards.language:LanguageConsistency",
+    "model": "grpo_fast.rewards.classifier:ModelReward",
+    "multiple_choice": "grpo_fast.rewards.choice:MultipleChoice",
+    "reasoning_steps": "grpo_fast.rewards.reasoning:ReasoningSteps",
+    "repetition_penalty": "grpo_fast.rewards.shaping:RepetitionPenalty",
     "route": "grpo_fast.rewards.compose:route",
+    "soft_overlong": "grpo_fast.rewards.shaping:SoftOverlong",
+    "tag_count": "grpo_fast.rewards.format:TagCount",
     "weighted": "grpo_fast.rewards.compose:weighted",
 }
 INNER: dict[str, tuple[str, ...]] = {
+    "cosine_length": ("correct",),
     "gate": ("reward", "condition"),
+    "group_length": ("correct",),
     "in_pool": ("function",),
     "route": ("rewards", "default"),
     "weighted": ("rewards",),

@@ -20,6 +20,7 @@ from grpo_fast.rewards.models import (
     load_reward_tokenizer,
     mirror_pad_token,
 )
+from grpo_fast.rewards.steps import check_process_rewards
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def check_rewards(
             raise ValueError(
                 f"reward_funcs[{i}] must be a callable, a model id or a module, it is {type(function).__name__}"
             )
+    check_process_rewards(functions, [_name(function) for function in functions], args)
     given = {"reward_weights": args.reward_weights, "reward_processing_classes": reward_processing_classes}
     for name, values in given.items():
         if values is not None and len(_as_list(values)) != len(functions):

@@ -13,12 +13,15 @@ from transformers.utils import logging
 
 from grpo_fast.generation import Engine, VLLMEngine
 from grpo_fast.generation.base import GroupCallback
+from grpo_fast.rewards.classifier import ModelReward
 from grpo_fast.rewards.early import EarlyRewards
 from grpo_fast.trainer.base import replaced_methods
 from grpo_fast.trainer.rewarding import RewardTrainer
 from grpo_fast.trainer.tool_loop import ToolTrainer
 
 logger = logging.get_logger(__name__)
+
+MODELS = (nn.Module, ModelReward)
 
 
 class OverlapTrainer(ToolTrainer, RewardTrainer):
@@ -45,7 +48,7 @@ class OverlapTrainer(ToolTrainer, RewardTrainer):
             place: (function, name)
             for place, (function, _, name) in enumerate(self._reward_sources())
             # a model would wait for the device
-            if not isinstance(function, nn.Module)
+            if not isinstance(function, MODELS)
         }
         self._early_inputs = inputs
         with EarlyRewards(functions, self.accelerator.device) as self._early_rewards:
@@ -69,7 +72,7 @@ class OverlapTrainer(ToolTrainer, RewardTrainer):
             return "the prompts may have images"
         if replaced:
             return f"{', '.join(replaced)} of {type(self).__name__} may change what is scored"
-        if all(isinstance(function, nn.Module) for function in self.reward_funcs):
+        if all(isinstance(function, MODELS) for function in self.reward_funcs):
             return "all rewards come from models"
         return None
 

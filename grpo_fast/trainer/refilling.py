@@ -139,7 +139,7 @@ class RefillTrainer(RolloutTrainer):
         if self._mode == "eval" or not self.args.dynamic_sampling_rounds:
             return result
         is_equal = equal_rewards(
-            rewards,
+            self._outcomes(rewards),
             self.reward_weights.cpu(),
             num_generations=self.num_generations,
             aggregation=self.multi_objective_aggregation,

@@ -18,7 +18,8 @@ from grpo_fast.reference import inference_config
 from grpo_fast.rewards.calling import RewardCall, call, call_async, checked, failure, gather, is_async
 from grpo_fast.rewards.early import EarlyRewards
 from grpo_fast.rewards.models import MAX_TOKENS, longest_text, reward_texts, score_texts
-from grpo_fast.trainer.base import BaseTrainer
+from grpo_fast.rewards.steps import returns_steps
+from grpo_fast.trainer.process_rewards import ProcessRewardTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 RESERVED = ("prompt", "completion", "completion_ids")
 
 
-class RewardTrainer(BaseTrainer):
+class RewardTrainer(ProcessRewardTrainer):
     """The part of `GRPOTrainer` that scores completions, and collects what reward functions log.
 
     The attributes are read at every batch: users may replace functions, names and processing classes in a run.
@@ -79,7 +80,7 @@ class RewardTrainer(BaseTrainer):
 
         Returns:
             [N, functions] fp32 on the run's device, N over all processes; NaN where a function did not apply, and for
-            all functions where one returned `DROP`.
+            all functions where one returned `DROP`; the mean where a function gives rewards of steps.
 
         Raises:
             RuntimeError: If a function raises; names the function, the step and, if it can be told, the row.
@@ -103,7 +104,12 @@ class RewardTrainer(BaseTrainer):
         columns |= zip(pending, gather(list(pending.values())), strict=True)
         rewards = torch.stack([columns[i] for i in sorted(columns)], dim=1)
         # one function's DROP: no other scores the completion either
-        rewards[rewards.isinf().any(dim=1)] = math.nan
+        is_dropped = rewards.isinf().any(dim=1)
+        rewards[is_dropped] = math.nan
+        self._steps = {
+            name: [[] if drop else some for some, drop in zip(steps, is_dropped.tolist(), strict=True)]
+            for name, steps in batch.steps.items()
+        }
         self._warn_of_unscored(rewards, batch)
         return self.accelerator.gather(rewards.to(self.accelerator.device))
 
@@ -130,6 +136,7 @@ class RewardTrainer(BaseTrainer):
             step=self.state.global_step,
             first_row=first_row,
             errors=self.args.reward_errors,
+            steps={name: [] for function, _, name in self._reward_sources() if returns_steps(function)},
         )
 
     def _early_columns(self, early: EarlyRewards, batch: RewardCall) -> dict[int, Tensor]:
@@ -137,6 +144,8 @@ class RewardTrainer(BaseTrainer):
         columns: dict[int, Tensor] = {}
         for place, name, scores in early.results():
             columns[place] = torch.cat([score.rewards for score in scores])
+            if name in batch.steps:
+                batch.steps[name] = [steps for score in scores for steps in score.steps or []]
             assert len(columns[place]) == batch.num_rows, "a group was not scored"
             report_seconds(self, name, sum(score.seconds for score in scores))
             for column in dict.fromkeys(column for score in scores for column in score.extra):

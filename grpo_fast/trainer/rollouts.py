@@ -246,7 +246,9 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         inputs = _with_extra_fields(inputs, extra_fields)
         with self.timer.phase("rewards"):
             rewards = self._calculate_rewards(inputs, prompts, completions, completion_ids)
-        batch["advantages"] = self._advantages(rewards, prompts, completions)
+        self._gather_steps(completion_ids)
+        advantages = self._advantages(rewards, prompts, completions)
+        batch["advantages"] = self._with_steps(advantages, batch["completion_ids"].shape[1])
         if self._is_vlm and self.log_multimodal:
             # by all processes and for all batches, though one may have no image
             self._logs["images"].extend(gather_object([None] * len(prompts) if images is None else images))
@@ -305,7 +307,7 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         )[0]
 
     def _advantages(self, rewards: Tensor, prompts: list[Prompt], completions: list[Any]) -> Tensor:
-        """This process's advantages [B], after logging what the rewards of all processes say."""
+        """This process's advantages [B] of outcomes, after logging what the rewards of all processes say."""
         rewards = rewards.cpu()
         weights = self.reward_weights.cpu()
         result = self._group_advantages(rewards)
@@ -317,10 +319,11 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
         totals = weighted_rewards(rewards, weights)
         metrics["reward"].append(totals.nanmean().item())
         metrics["reward_std"].append(nanstd(totals).item())
-        metrics["frac_reward_zero_std"].append(result.is_std_zero.float().mean().item())
+        shown = self._shown(result)
+        metrics["frac_reward_zero_std"].append(shown.is_std_zero.float().mean().item())
         logs["prompt"].extend(gather_object(prompts))
         logs["completion"].extend(gather_object(completions))
-        logs["advantages"].extend(result.advantages.tolist())
+        logs["advantages"].extend(shown.advantages.tolist())
         self._flush_user_logs(len(prompts))
         start = self.accelerator.process_index * len(prompts)
         return result.advantages[start : start + len(prompts)].to(self.accelerator.device)
@@ -328,7 +331,7 @@ class RolloutTrainer(ProofTrainer, LossTrainer, OverlapTrainer):
     def _group_advantages(self, rewards: Tensor) -> Advantages:
         """What rewards [N, functions] of all processes, on the host, say of their rows."""
         return group_advantages(
-            rewards,
+            self._outcomes(rewards),
             self.reward_weights.cpu(),
             num_generations=self.num_generations if self._mode == "train" else self.num_generations_eval,
             scale_rewards=self.scale_rewards,
