@@ -26,7 +26,7 @@ REWARDS: dict[str, str] = {
     "reasoning_steps": "grpo_fast.rewards.reasoning:ReasoningSteps",
     "repetition_penalty": "grpo_fast.rewards.shaping:RepetitionPenalty",
     "route": "grpo_fast.rewards.compose:route",
-    "soft_overlong": "grpo_fast.rewards.shaping:SoftOverlong",
+    "soft_overlong_punishment": "grpo_fast.rewards.shaping:SoftOverlong",
     "tag_count": "grpo_fast.rewards.format:TagCount",
     "weighted": "grpo_fast.rewards.compose:weighted",
 }
