@@ -11,8 +11,8 @@ from datasets import Dataset
 import grpo_fast
 from grpo_fast.rewards import DROP, Accuracy, accuracy
 from grpo_fast.rewards.math import comparing
-from grpo_fast.rewards.math.accuracy import completion_text
 from grpo_fast.rewards.math.grading import describe_gold, gold_text
+from grpo_fast.rewards.texts import completion_text
 from tests import rewards_corpus_math as corpus
 from tests.tiny_lm import make_model, make_tokenizer, save
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from grpo_fast.rewards.marks import DROP
 from grpo_fast.rewards.math.extraction import PLACES, Place
 from grpo_fast.rewards.pool import Outcome, WorkerPool
+from grpo_fast.rewards.texts import completion_text
 
 Result: TypeAlias = float | Literal["drop"] | None
 
@@ -147,20 +148,6 @@ class Accuracy:
 
 # in the registry's and TRL's form: a function with everything at its default
 accuracy = Accuracy()
-
-
-def completion_text(completion: Any) -> str:
-    """A completion as text: itself, or the content of its messages of the assistant, one after another."""
-    if isinstance(completion, str):
-        return completion
-    contents = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
-    return "\n".join(_content_text(content) for content in contents)
-
-
-def _content_text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content)
-    return content or ""
 
 
 def _texts(value: Any) -> list[str]:
