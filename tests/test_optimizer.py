@@ -40,9 +40,12 @@ def loss_of(net, seed):
 
 
 def train(net, optimizer, steps, scheduler=None):
+    """With made-up gradients: a product's last bits depend on where its operands lie in memory."""
     for seed in steps:
         optimizer.zero_grad()
-        loss_of(net, seed).backward()
+        generator = torch.Generator().manual_seed(seed)
+        for param in (p for p in net.parameters() if p.requires_grad):
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

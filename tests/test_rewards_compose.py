@@ -131,7 +131,7 @@ def test_combinators_by_name():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("acuracy", "be one of accuracy, gate, in_pool, route, weighted; one is 'acuracy'; the nearest is 'accuracy'"),
+        ("acuracy", r"be one of accuracy, code, .*, weighted; one is 'acuracy'; the nearest is 'accuracy'"),
         (3, "rewards must be written module:function, name or .*; one is 3"),
         ({"accuracy": 5}, "rewards must be written module:function, name or .*; one is {'accuracy': 5}"),
         ({"accuracy": {}, "gate": {}}, "rewards must be written"),

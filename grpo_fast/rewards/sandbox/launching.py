@@ -124,7 +124,8 @@ def run_in_sandbox(
     """Run programs one after another in a new sandbox, each beginning with the same files.
 
     Args:
-        files: Names -> text, of files in the programs' folder `/program`. Programs start in an empty `/tmp`.
+        files: Names -> text, of files in the programs' folder `/program`. Programs start in an empty folder, which is
+            also `/tmp`, unless what they may read lies there.
         runs: Programs to run.
         build: Runs first, in `/program`, and may start processes; what it leaves there is there for each run.
         readable: Folders that programs may read beside the system's.
