@@ -169,8 +169,8 @@ def test_a_profile_is_a_trace_with_named_steps_and_the_counters_command(tmp_path
             spans[event["name"]].append((event["ts"], event["ts"] + event["dur"]))
     steps = spans["policy_loss_ours"]
     assert len(steps) == 3
-    # the warm-up is not in it
-    assert all(any(a <= start and end <= b for a, b in steps) for start, end in spans["aten::exp"])
+    # the warm-up is not in it; the profiler's clocks agree to some us
+    assert all(any(a - 100 <= start and end <= b + 100 for a, b in steps) for start, end in spans["aten::exp"])
 
 
 def test_what_ncu_watches_runs_bare(capsys):
