@@ -63,6 +63,7 @@ CASES = {
     "after the thought": (f"<think>{fenced('print(0)')}</think>{fenced(GOOD)}", SUM, 1.0, "passed"),
     "in the thought alone": (f"<think>{fenced(GOOD)}</think>done", SUM, 0.0, "no_code"),
     "in a thought without an end": (f"<think>{fenced(GOOD)}", SUM, 0.0, "no_code"),
+    "in a second thought without an end": (f"<think>a</think><think>{fenced(GOOD)}", SUM, 0.0, "no_code"),
     "no block": (GOOD, SUM, 0.0, "no_code"),
     "inline code": ("it is ```" + GOOD + "```", SUM, 0.0, "no_code"),
     "empty": ("", SUM, 0.0, "no_code"),
@@ -120,6 +121,19 @@ CASES = {
     ),
     "a float": (fenced("def f(): return 0.1 + 0.2"), [{"function": "f", "input": [], "output": 0.3}], 1.0, "passed"),
     "another float": (fenced("def f(): return 0.30001"), [{"function": "f", "input": [], "output": 0.3}], 0.0, "wrong"),
+    "an integer above all floats": (
+        fenced("def f(): return 10**400"),
+        [{"function": "f", "input": [], "output": 0.3}],
+        0.0,
+        "wrong",
+    ),
+    "an integer of 5,000 digits": (
+        fenced("import os\nprint('9' * 5000, flush=True)\nos._exit(0)"),
+        ADD,
+        0.0,
+        "wrong",
+    ),
+    "brackets without end": (fenced("import os\nprint('[' * 10**5, flush=True)\nos._exit(0)"), ADD, 0.0, "wrong"),
     "not a number": (
         fenced("def f(): return float('nan')"),
         [{"function": "f", "input": [], "output": 0.3}],

@@ -239,6 +239,29 @@ def test_without_namespaces_nothing_runs(monkeypatch):
         run("print()")
 
 
+def test_without_a_filter_nothing_runs(monkeypatch, tmp_path):
+    """A machine whose system calls nobody has listed: else every program would fail there, and score 0."""
+    inside = tmp_path / "inside.py"
+    listed, unlisted = "if machine not in ARCHITECTURES", "if machine"
+    assert listed in launching.INSIDE.read_text()
+    inside.write_text(launching.INSIDE.read_text().replace(listed, unlisted))
+    monkeypatch.setattr(launching, "INSIDE", inside)
+    with pytest.raises(SandboxUnavailable, match=r"a program does not run: .*no list of system calls"):
+        run("print()")
+
+
+def test_what_the_kernel_refuses_later_is_not_the_program_s_fault(monkeypatch, tmp_path):
+    assert launching.available_backend()
+    inside = tmp_path / "inside.py"
+    text = launching.INSIDE.read_text()
+    inside.write_text(
+        text.replace("        restore({}, job", "        raise OSError('no space')\n        restore({}, job")
+    )
+    monkeypatch.setattr(launching, "INSIDE", inside)
+    with pytest.raises(SandboxUnavailable, match="no space"):
+        run("print()")
+
+
 def test_the_first_process_refuses_to_be_another():
     with pytest.raises(SandboxFailed, match="must be process 1"):
         launching._reply_of([sys.executable, "-I", "-S", str(launching.INSIDE)], "{}", 5)

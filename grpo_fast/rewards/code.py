@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_fast.rewards.code_tests import CALL_DRIVER, CHECK_DRIVER, CallTest, CheckTest, PrintedTest, Test, parse_tests
 from grpo_fast.rewards.sandbox import Limits, Outcome, Report, Run, SandboxFailed, available_backend, run_in_sandbox
-from grpo_fast.rewards.texts import completion_text, split_thought
+from grpo_fast.rewards.texts import after_thought, completion_text
 
 COLUMNS = ("tests", "verification_info", "test_list", "test_cases", "input_output", "test")
 BUILD_LIMITS = Limits(seconds=30, memory_mib=4096)
@@ -153,7 +153,7 @@ class Code:
         jobs = []
         rows = zip(texts, columns[column], languages, entry_points, strict=True)
         for row, (text, raw, wanted, entry_point) in enumerate(rows):
-            tag, source = last_block(split_thought(text).summary)
+            tag, source = last_block(after_thought(text) or "")
             try:
                 tests, named = parse_tests(raw or [], entry_point=entry_point)
                 language = _language(wanted or named, tag)

@@ -104,6 +104,18 @@ def split_thought(text: str, *, is_begun: bool = False) -> Parts:
     return Parts(thought="", summary=text, is_ended=False)
 
 
+def after_thought(text: str, *, needs_think: bool = False) -> str | None:
+    """What follows the last `</think>`; None in a thought that is not ended.
+
+    Args:
+        text: The completion.
+        needs_think: Without `</think>` there is nothing after it, else all of the text.
+    """
+    parts = split_thought(text)
+    is_open = THINK_START in (parts.summary if parts.is_ended else text)
+    return None if is_open or (needs_think and not parts.is_ended) else parts.summary
+
+
 def reasoning_of(text: str) -> str:
     """The thought of a completion; all of it where there are no tags."""
     parts = split_thought(text)

@@ -16,10 +16,11 @@ import re
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from grpo_fast.rewards.texts import after_thought
+
 Place: TypeAlias = Literal["boxed", "tag", "phrase", "whole"]
 PLACES: tuple[Place, ...] = ("boxed", "tag", "phrase", "whole")
 
-THINK_START, THINK_END = "<think>", "</think>"
 # no final answer is longer, in characters
 LONGEST_ANSWER = 2000
 LONGEST_WHOLE = 200
@@ -32,14 +33,6 @@ _PHRASE = re.compile(
 )
 # a full stop inside a number is none
 _SENTENCE_END = re.compile(r"\.(?=\s|$|\*)|\n|\.(?=\$)")
-
-
-def after_thought(text: str, *, needs_think: bool = False) -> str | None:
-    """The text after the last `</think>`; all of it where there is none, unless `needs_think`."""
-    _, end, rest = text.rpartition(THINK_END)
-    if (needs_think and not end) or THINK_START in rest:
-        return None
-    return rest
 
 
 def final_answer(text: str, *, places: Sequence[Place] = PLACES, needs_think: bool = False) -> str | None:

@@ -230,8 +230,7 @@ def drop_rights(*, may_fork: bool) -> None:
             # above the last one that the kernel knows
             break
     libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    # a sandbox that another tool made has no right to set these, and no capability to lose
-    libc.prctl(PR_SET_SECUREBITS, SECUREBITS, 0, 0, 0)
+    check(libc.prctl(PR_SET_SECUREBITS, SECUREBITS, 0, 0, 0), "securebits")
     header, none = struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24)
     check(libc.capset(header, none), "dropping capabilities")
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
@@ -358,20 +357,16 @@ def _transfer(stdin: int, text: bytes, outputs: dict[int, bytearray], limit: int
 
 
 def kill_all() -> None:
-    """Every process of the namespace but this one, until none is left that could fork."""
-    try:
+    """Every process of the namespace but this one; the kernel signals all of them before one can fork."""
+    # there may be none
+    with suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        # there is none
-        return
 
 
 def reap() -> None:
-    while True:
-        try:
+    with suppress(ChildProcessError):
+        while True:
             os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def _is_fine(result: dict[str, Any]) -> bool:

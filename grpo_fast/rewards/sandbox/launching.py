@@ -136,21 +136,10 @@ def run_in_sandbox(
         What happened.
 
     Raises:
-        SandboxUnavailable: Nothing on this machine can isolate a program.
+        SandboxUnavailable: Nothing on this machine can isolate a program, or the kernel refuses it this time.
         SandboxFailed: The sandbox itself ended, for example when the machine was out of memory.
     """
-    job: dict[str, Any] = {
-        "devices": DEVICES,
-        "files": {
-            name: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode() for name, text in files.items()
-        },
-        "readable": [],
-        "size_mib": SCRATCH_MIB,
-        "environment": dict(environment or {}),
-        "build": None if build is None else _fields(build, is_build=True),
-        "runs": [_fields(run) for run in runs],
-        "stops_early": stops_early,
-    }
+    job = _job(runs, files=files, build=build, environment=environment or {}, stops_early=stops_early)
     backend = available_backend()
     seconds = sum(run.limits.seconds for run in [*runs, *([] if build is None else [build])])
     reply = _launch(backend, job, readable, seconds + OVERHEAD_SECONDS)
@@ -174,12 +163,16 @@ def available_backend() -> str:
         if shutil.which(backend) is None:
             reasons.append(f"{backend} is not installed")
             continue
+        probe = _job([Run(argv=["true"])], files={}, build=None, environment={}, stops_early=False)
         try:
-            _launch(backend, PROBE, (), OVERHEAD_SECONDS)
-        except SandboxFailed as error:
+            (result,) = _launch(backend, probe, (), OVERHEAD_SECONDS)["results"]
+        except (SandboxFailed, SandboxUnavailable) as error:
             reasons.append(f"{backend}: {error}")
-        else:
+            continue
+        # what takes a program's rights away may not be there, such as the filter
+        if Outcome(**result).is_fine:
             return backend
+        reasons.append(f"{backend}: a program does not run: {result['stderr'].strip()}")
     raise SandboxUnavailable(
         "no code is run, since nothing here can isolate it: "
         + "; ".join(reasons)
@@ -188,16 +181,26 @@ def available_backend() -> str:
     )
 
 
-PROBE: dict[str, Any] = {
-    "devices": DEVICES,
-    "files": {},
-    "readable": [],
-    "size_mib": 1,
-    "environment": {},
-    "build": None,
-    "runs": [],
-    "stops_early": False,
-}
+def _job(
+    runs: Sequence[Run],
+    *,
+    files: Mapping[str, str],
+    build: Run | None,
+    environment: Mapping[str, str],
+    stops_early: bool,
+) -> dict[str, Any]:
+    """What `inside.py` reads, but for what the tool that makes the namespaces decides."""
+    return {
+        "devices": DEVICES,
+        "files": {
+            name: base64.b64encode(text.encode("utf-8", "surrogatepass")).decode() for name, text in files.items()
+        },
+        "size_mib": SCRATCH_MIB,
+        "environment": dict(environment),
+        "build": None if build is None else _fields(build, is_build=True),
+        "runs": [_fields(run) for run in runs],
+        "stops_early": stops_early,
+    }
 
 
 def _fields(run: Run, *, is_build: bool = False) -> dict[str, Any]:
@@ -238,7 +241,7 @@ def _reply_of(command: Sequence[str], text: str, seconds: float) -> dict[str, An
         last = (stderr.strip().splitlines() or ["no message"])[-1]
         raise SandboxFailed(f"a sandbox ended with exit code {process.returncode}: {last}") from None
     if "refused" in reply:
-        raise SandboxFailed(reply["refused"])
+        raise SandboxUnavailable(reply["refused"])
     return reply
 
 
