@@ -6,10 +6,11 @@ import importlib.util
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 
-from grpo_fast.recipes.texts import Completion, completion_text
+from grpo_fast.rewards.texts import completion_text
 
 SYSTEM_PROMPT = "You are a calculator."
 NUM_HELDOUT = 46
@@ -51,7 +52,7 @@ def last_integer(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def last_integer_reward(completions: Sequence[Completion], answer: Sequence[int], **columns: object) -> list[float]:
+def last_integer_reward(completions: Sequence[Any], answer: Sequence[int], **columns: object) -> list[float]:
     """1.0 where the completion's last integer is the answer, else 0.0."""
     return [
         float(last_integer(completion_text(completion)) == truth)

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -29,7 +30,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo_fast.recipes.texts import Completion, completion_text
+from grpo_fast.rewards.texts import completion_text
 
 CHECKPOINT = Path(__file__).parent / "tiny_model"
 NUM_HELDOUT = 256
@@ -98,7 +99,7 @@ def write_completion(problem: Problem, *, think: bool) -> str:
     return f"<think>{write_trace(problem) if think else ''}</think><answer>{problem.answer}</answer>"
 
 
-def accuracy_reward(completions: Sequence[Completion], answer: Sequence[int], **columns: object) -> list[float]:
+def accuracy_reward(completions: Sequence[Any], answer: Sequence[int], **columns: object) -> list[float]:
     """1.0 where the first `<answer>` holds the right integer, else 0.0."""
     return [
         float((match := ANSWER.search(completion_text(completion))) is not None and int(match[1]) == truth)
@@ -106,7 +107,7 @@ def accuracy_reward(completions: Sequence[Completion], answer: Sequence[int], **
     ]
 
 
-def format_reward(completions: Sequence[Completion], **columns: object) -> list[float]:
+def format_reward(completions: Sequence[Any], **columns: object) -> list[float]:
     """1.0 where the completion is one `<think>` block, empty or not, and one `<answer>` with an integer, else 0.0."""
     return [float(FORMAT.fullmatch(completion_text(completion)) is not None) for completion in completions]
 
